@@ -1,0 +1,287 @@
+# SPDX-License-Identifier: MIT
+"""Spatial entropy: a loss that makes an attention map cluster into few connected regions.
+
+From Peruzzo et al., "Spatial Entropy as an Inductive Bias for Vision Transformers",
+arXiv 2206.04636; details the paper leaves open are those of the authors' code
+(https://github.com/helia95/SAR). For one image and one head of the last transformer block:
+
+    (1)  S[x, y] = <q_cls, k[x, y]> / sqrt(head_dim)      similarity map, before any softmax
+    (2)  A = ReLU(S - m),  m = mean of S                  foreground where S > m
+    (3)  C_1 .. C_K = connected components of the foreground, 8-connectivity
+    (4)  P_n = sum of A over C_n / sum of A               probability of component n
+    (5)  H(S) = - sum_n P_n ln P_n                        nats; a single component gives 0
+    (6)  L = L_classification + lambda * mean of H over images and heads
+
+    symbol   variable                      symbol   variable
+    S        similarity                    C        labels
+    A        activation                    P        probability
+    H(S)     the value of spatial_entropy  lambda   sar_lambda, in train.py
+
+Usage, in anyone's training loop:
+
+    from entropy import spatial_entropy
+    similarity = ...  # (B, heads, H, W): CLS query times patch keys over sqrt(head_dim)
+    loss = criterion(logits, target) + 0.01 * spatial_entropy(similarity)
+    loss.backward()
+
+What differs from the authors' code: any grid instead of 14x14; the components are found by tensor
+operations on the device of the input instead of by a loop over OpenCV calls on the CPU; a batch of
+constant maps gives 0 instead of an exception; a non-finite score gives NaN, never a loss that is
+silently left out; no epsilon is added to A.
+
+This file needs torch alone. Run it to check it and time it: python entropy.py [--device cuda]
+"""
+
+import argparse
+import platform
+import statistics
+import sys
+import time
+
+import torch
+import torch.nn.functional as F
+
+
+def _rounds(height: int, width: int) -> list[int]:
+    """The most classes a component can still have at the start of each round of the labelling.
+
+    See `connected_components` for the argument; the list's length is the number of rounds.
+    """
+    classes = -(-height // 2) * -(-width // 2)
+    bounds = [height * width]
+    while classes > 1:
+        bounds += [classes, classes]
+        classes //= 2
+    return bounds
+
+
+def connected_components(mask: torch.Tensor) -> torch.Tensor:
+    """Label the 8-connected components of a batch of masks, exactly, whatever their shape.
+
+    Args:
+        mask: bool (..., H, W), any leading dimensions.
+
+    Returns:
+        int64 (..., H, W): 0 on the background; elsewhere the same positive number on all pixels of
+        a component and different numbers on different components of a map. The number is
+        1 + the raster index of one of the component's own pixels, so numbers have gaps.
+
+    Raises:
+        TypeError: mask is not bool.
+        ValueError: mask has fewer than two dimensions.
+
+    Method: pixels start with their raster index as label; the pixels with one label are a class. A
+    round (a) finds for every pixel the largest label in its 3x3 neighbourhood, (b) gives each class
+    the largest of those found by its pixels ("hooking", a scatter-max into a table of labels), and
+    (c) follows these pointers to their ends by squaring the table ("pointer jumping"), so that a
+    class takes the label of a class that is larger than all of its neighbours.
+
+    Why the rounds suffice. Labels never leave their component, and only grow. After the first round
+    the surviving labels are pixels larger than all their neighbours; no two of these touch, so a
+    2x2 block holds at most one: at most c = ceil(H/2) * ceil(W/2) classes. From then on two rounds
+    at least halve the classes of an unfinished component. For let class r survive two rounds.
+    If a class took a label through r in the first, r now holds two of the old classes. If none
+    did, then each neighbour s of r had a neighbour t > r, and took a label of at least t; so after
+    the first round r touches a larger class, and loses its label in the second: contradiction.
+    Hence 1 + 2 * floor(log2(c)) rounds, 11 for 14x14. In a round with at most k classes the chain
+    of pointers has at most k - 1 links, which ceil(log2(k - 1)) squarings follow to the end.
+
+    On the CPU the loop ends as soon as nothing changes (random 14x14 maps: 5 rounds); elsewhere it
+    runs the full number, because to ask would make the host wait for the device.
+    """
+    if mask.dtype != torch.bool:
+        raise TypeError(f"mask must be a bool tensor, got {mask.dtype}")
+    if mask.dim() < 2:
+        raise ValueError(f"mask must have shape (..., H, W), got {tuple(mask.shape)}")
+    height, width = mask.shape[-2:]
+    pixels = height * width
+    if mask.numel() == 0:
+        return torch.zeros_like(mask, dtype=torch.int64)
+    stop_early = mask.device.type == "cpu" and not torch.compiler.is_compiling()
+
+    shape = mask.shape
+    mask = mask.reshape(-1, height, width)  # (M, H, W)
+    labels = torch.arange(1, pixels + 1, device=mask.device).view(height, width) * mask
+    for classes in _rounds(height, width):
+        largest = F.pad(labels, (1, 1, 1, 1))  # separable 3x3 maximum
+        largest = (
+            largest[:, :, :-2].maximum(largest[:, :, 2:]).maximum(largest[:, :, 1:-1])
+        )
+        largest = (
+            largest[:, :-2].maximum(largest[:, 2:]).maximum(largest[:, 1:-1]) * mask
+        )
+        if stop_early and torch.equal(largest, labels):
+            break
+        table = labels.new_zeros(
+            len(mask), pixels + 1
+        )  # old label -> new label; 0 -> 0
+        table.scatter_reduce_(1, labels.flatten(1), largest.flatten(1), "amax")
+        for _ in range((classes - 2).bit_length()):
+            table = table.gather(1, table)
+        labels = table.gather(1, labels.flatten(1)).view_as(mask)
+    return labels.view(shape)
+
+
+def threshold_at_mean(similarity: torch.Tensor) -> torch.Tensor:
+    """Equation (2): A = ReLU(S - m). The foreground of the method is `threshold_at_mean(S) > 0`.
+
+    Args:
+        similarity: floating point (..., H, W), scores before softmax.
+
+    Returns:
+        (..., H, W), float64 for float64 input and float32 for every other; non-negative.
+
+    Raises:
+        TypeError: similarity is not floating point.
+        ValueError: similarity has fewer than two dimensions, or H or W is 0.
+    """
+    if not similarity.is_floating_point():
+        raise TypeError(f"similarity must be floating point, got {similarity.dtype}")
+    if similarity.dim() < 2 or 0 in similarity.shape[-2:]:
+        raise ValueError(
+            f"similarity must be (..., H, W), got {tuple(similarity.shape)}"
+        )
+    if similarity.dtype != torch.float64:
+        similarity = similarity.float()
+    # Subtracting one of the map's own scores cancels in S - m. It makes the mean of a constant map
+    # exact, so that rounding cannot lift a constant map above its own mean.
+    shifted = similarity - similarity[..., :1, :1].detach()
+    return F.relu(shifted - shifted.mean((-2, -1), keepdim=True))
+
+
+def spatial_entropy(similarity: torch.Tensor, reduction: str = "mean") -> torch.Tensor:
+    """Spatial entropy of similarity maps, in nats: equations (2) to (6) without the lambda.
+
+    Args:
+        similarity: floating point (..., H, W), scores before softmax, e.g. (B, heads, H, W).
+        reduction: "mean" over all maps, or "none".
+
+    Returns:
+        A scalar, or (...) with reduction="none"; float64 for float64 input, else float32, also
+        under autocast. 0 for a map of one component and for a constant map, which has none; NaN
+        for a map with a non-finite score. Gradients flow through everything but the labelling, the
+        mean included.
+
+    Raises:
+        TypeError: similarity is not floating point.
+        ValueError: similarity has fewer than two dimensions, an empty grid, or an unknown
+            reduction.
+    """
+    if reduction not in ("mean", "none"):
+        raise ValueError(f'reduction must be "mean" or "none", got {reduction!r}')
+    activation = threshold_at_mean(similarity)  # (2)
+    labels = connected_components(activation.detach() > 0)  # (3)
+    labels, activation = labels.flatten(-2), activation.flatten(-2)  # (..., H*W)
+    # (4) The mass of each component, gathered in the slot of its label. Slot 0 takes the background,
+    # which adds 0, or the NaN of a map with a non-finite score.
+    mass = activation.new_zeros(*activation.shape[:-1], activation.shape[-1] + 1)
+    mass = mass.scatter_add(-1, labels, activation)
+    total = mass.sum(-1, keepdim=True)
+    probability = mass / total.where(total != 0, 1)
+    # (5) with 0 ln 0 = 0; the 1 keeps the gradient of the empty slots finite.
+    entropy = -(probability * probability.where(probability > 0, 1).log()).sum(-1)
+    return entropy.mean() if reduction == "mean" else entropy  # (6)
+
+
+def slow_connected_components(mask: torch.Tensor) -> torch.Tensor:
+    """`connected_components` by flood fill, pixel by pixel: the specification, for tests."""
+    labels = torch.zeros(mask.shape, dtype=torch.int64)
+    *_, height, width = mask.shape
+    for one, out in zip(
+        mask.reshape(-1, height, width), labels.view(-1, height, width)
+    ):
+        for y, x in one.nonzero().tolist():
+            stack = [(y, x)] if out[y, x] == 0 else []
+            number = 1 + y * width + x
+            while stack:
+                y, x = stack.pop()
+                if 0 <= y < height and 0 <= x < width and one[y, x] and out[y, x] == 0:
+                    out[y, x] = number
+                    stack += [
+                        (y + dy, x + dx) for dy in (-1, 0, 1) for dx in (-1, 0, 1)
+                    ]
+    return labels
+
+
+def slow_spatial_entropy(similarity: torch.Tensor) -> torch.Tensor:
+    """`spatial_entropy(reduction="none")` map by map, as the equations stand, for tests."""
+    *leading, height, width = similarity.shape
+    entropies = []
+    for S in similarity.reshape(-1, height, width):
+        A = F.relu(S - S.mean())
+        C = slow_connected_components(S > S.mean())
+        P = [A[C == n].sum() / A.sum() for n in C[C > 0].unique()]
+        entropies.append(-sum((p * p.log() for p in P), start=S.sum() * 0))
+    return torch.stack(entropies).view(leading)
+
+
+def main() -> None:
+    """Check the loss against its slow twin, then print a table of timings."""
+    parser = argparse.ArgumentParser(
+        description="Check and time the spatial entropy loss."
+    )
+    parser.add_argument(
+        "--device", default="cpu", help="cpu, cuda or mps (default: %(default)s)"
+    )
+    device = torch.device(parser.parse_args().device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        sys.exit(
+            "entropy.py: error: --device cuda was asked for, but PyTorch finds no CUDA device"
+        )
+
+    torch.manual_seed(0)
+    for height, width in ((1, 1), (1, 9), (5, 7), (14, 14), (31, 17)):
+        similarity = torch.randn(20, 3, height, width).to(device)
+        error = spatial_entropy(similarity, "none").cpu() - slow_spatial_entropy(
+            similarity.cpu()
+        )
+        if not error.abs().max() < 1e-5:
+            sys.exit(
+                f"entropy.py: error: {height}x{width} maps differ from the slow twin: {error}"
+            )
+    print("equal to the slow twin: 300 maps of five grids")
+
+    name = (
+        torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else platform.processor()
+    )
+    print(
+        f"{device.type} ({name or platform.machine()}), torch {torch.__version__}, ",
+        end="",
+    )
+    print(
+        f"{torch.get_num_threads()} threads; 768 maps (128 images x 6 heads), median of 20"
+    )
+    print(f"{'grid':>8}{'labelling':>14}{'loss':>14}{'loss + gradient':>18}")
+    for side in (7, 14, 28, 56):
+        similarity = torch.randn(128, 6, side, side, device=device, requires_grad=True)
+        mask = threshold_at_mean(similarity.detach()) > 0
+        actions = (
+            lambda mask=mask: connected_components(mask),
+            lambda similarity=similarity: spatial_entropy(similarity.detach()),
+            lambda similarity=similarity: spatial_entropy(similarity).backward(),
+        )
+        row = [
+            statistics.median(_seconds(action, device) for _ in range(20))
+            for action in actions
+        ]
+        print(
+            "{:>8}{:>11.2f} ms{:>11.2f} ms{:>15.2f} ms".format(
+                f"{side}x{side}", *[t * 1e3 for t in row]
+            )
+        )
+
+
+def _seconds(action, device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    start = time.perf_counter()
+    action()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - start
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,410 @@
+# SPDX-License-Identifier: MIT
+"""Evaluate a run of train.py: accuracy, spatial entropy, and a picture of the attention.
+
+python eval.py                                  # the newest run under runs/
+python eval.py --attention attention.png        # and draw its attention
+python eval.py --checkpoint runs/NAME/checkpoint.pt --dataset cifar100 --device cuda
+"""
+
+import argparse
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch.utils.data import DataLoader, Dataset
+from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks, save_image
+
+from data import (
+    DATASETS,
+    balanced_subset,
+    load_dataset,
+    make_loader,
+    normalizer,
+    test_transform,
+)
+from entropy import connected_components, spatial_entropy, threshold_at_mean
+from model import VisionTransformer, read_checkpoint
+
+
+class Formatter(
+    argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter
+):
+    """Shows the defaults, where there is one, and the description's line breaks."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        if action.default is None or action.default is False:
+            return action.help
+        return super()._get_help_string(action)
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are one sentence, without the list of options."""
+
+    def __init__(self, description: str | None) -> None:
+        super().__init__(
+            description=description, formatter_class=Formatter, allow_abbrev=False
+        )
+
+    def error(self, message: str) -> None:
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+def choose_device(name: str | None) -> torch.device:
+    """The device asked for, or the best there is when none is: CUDA, MPS, CPU.
+
+    Raises:
+        ValueError: the device is unknown, or this machine or build of PyTorch does not have it.
+    """
+    available = {
+        "cuda": torch.cuda.is_available(),
+        "mps": torch.backends.mps.is_available(),
+        "cpu": True,
+    }
+    if name is None:
+        name = next(kind for kind, there in available.items() if there)
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(
+            f"unknown device {name!r}; known are {', '.join(available)}"
+        ) from error
+    if not available.get(device.type, False):
+        raise ValueError(
+            f"device {name} was asked for, but PyTorch {torch.__version__} finds none here; "
+            "--device cpu works everywhere"
+        )
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(
+            f"device {name} was asked for, but there are {torch.cuda.device_count()}"
+        )
+    return device
+
+
+@torch.inference_mode()
+def evaluate(
+    model: torch.nn.Module,
+    loader: DataLoader,
+    normalize: Callable[[torch.Tensor], torch.Tensor],
+    device: torch.device,
+    amp: bool,
+) -> dict:
+    """Accuracy and attention statistics over a loader; every image counts once.
+
+    Args:
+        model: returns (logits, similarity).
+        loader: of images, uint8 (B, 3, H, W), and labels, int64 (B).
+        normalize: from `data.normalizer`.
+        device: where the model is.
+        amp: whether to run in bfloat16 autocast.
+
+    Returns:
+        Plain numbers: images; loss (cross-entropy); acc1, acc5 (percent); entropy (nats) and
+        components, means over images and heads; entropy_per_head, components_per_head, lists.
+    """
+    model.eval()
+    images_seen = 0
+    totals: torch.Tensor | None = None
+    for images, labels in loader:
+        images = normalize(images.to(device, non_blocking=True))
+        labels = labels.to(device, non_blocking=True)
+        with torch.autocast(device.type, torch.bfloat16, enabled=amp):
+            logits, similarity = model(images)
+        logits = logits.float()
+        best = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]  # (B, 5)
+        rows = torch.stack(
+            (
+                F.cross_entropy(logits, labels, reduction="sum").double(),
+                best[:, 0].sum(),
+                best.sum(),
+                *spatial_entropy(similarity, "none").sum(0),
+                *count_components(similarity).sum(0),
+            )
+        )
+        totals = rows if totals is None else totals + rows
+        images_seen += len(images)
+    loss, acc1, acc5, *heads = (totals / images_seen).tolist()
+    entropy, components = heads[: len(heads) // 2], heads[len(heads) // 2 :]
+    return {
+        "images": images_seen,
+        "loss": loss,
+        "acc1": 100 * acc1,
+        "acc5": 100 * acc5,
+        "entropy": sum(entropy) / len(entropy),
+        "components": sum(components) / len(components),
+        "entropy_per_head": entropy,
+        "components_per_head": components,
+    }
+
+
+def count_components(similarity: torch.Tensor) -> torch.Tensor:
+    """Number of connected components of the foreground: (..., H, W) -> int64 (...)."""
+    labels = connected_components(threshold_at_mean(similarity) > 0).flatten(-2)
+    # A label is 1 + the raster index of a pixel of its component: count those pixels.
+    return (labels == torch.arange(1, labels.shape[-1] + 1, device=labels.device)).sum(
+        -1
+    )
+
+
+def load_run(path: str | os.PathLike) -> tuple[VisionTransformer, dict]:
+    """The trained model and the whole checkpoint of a run of train.py, on the CPU.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is damaged, or was not written by train.py.
+    """
+    checkpoint = read_checkpoint(path)
+    if (
+        not {"architecture", "settings", "classes", "model", "epoch"}
+        <= checkpoint.keys()
+    ):
+        raise ValueError(
+            f"{path} was not written by train.py: it does not name its architecture"
+        )
+    model = VisionTransformer(**checkpoint["architecture"])
+    model.load_state_dict(checkpoint["model"])
+    return model, checkpoint
+
+
+# --------------------------------------------------------------------------------- the picture
+
+TILE = 120  # pixels, the longer side of a tile
+CAPTION = 26  # pixels, the height of a line of text
+GAP = 6  # pixels between tiles
+# Viridis: dark is little attention, bright is much; even in lightness, so safe in grey and for
+# colour-blind readers.
+HEAT = ((68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231, 37))
+# Okabe and Ito's colours, which colour-blind readers tell apart; the heaviest component comes first.
+PALETTE = [
+    (230, 159, 0),
+    (86, 180, 233),
+    (0, 158, 115),
+    (204, 121, 167),
+    (213, 94, 0),
+    (240, 228, 66),
+    (0, 114, 178),
+]
+
+
+def caption(text: str, width: int) -> torch.Tensor:
+    """One line of text on white: uint8 (3, CAPTION, width)."""
+    canvas = torch.full((3, CAPTION // 2, width // 2), 255, dtype=torch.uint8)
+    box = torch.tensor([[0, 0, width // 2 - 1, CAPTION // 2 - 1]])
+    canvas = draw_bounding_boxes(
+        canvas, box, [text], "white", width=0, label_colors="black"
+    )
+    canvas = F.interpolate(canvas[None].float(), (CAPTION, width), mode="bicubic")[0]
+    return canvas.clamp(0, 255).to(torch.uint8)
+
+
+def heat(attention: torch.Tensor) -> torch.Tensor:
+    """Attention from 0 to 1, (H, W), in the colours of HEAT: uint8 (3, H, W)."""
+    anchors = torch.tensor(HEAT, dtype=torch.float32)
+    place = attention.clamp(0, 1) * (len(HEAT) - 1)
+    low = place.long().clamp(max=len(HEAT) - 2)
+    colour = anchors[low].lerp(anchors[low + 1], (place - low)[..., None])  # (H, W, 3)
+    return colour.permute(2, 0, 1).round().to(torch.uint8)
+
+
+def draw_attention(
+    images: torch.Tensor, similarity: torch.Tensor, captions: list[str]
+) -> torch.Tensor:
+    """A row for each image: the image, each head's attention, each head's components.
+
+    Args:
+        images: uint8 (n, 3, height, width).
+        similarity: (n, heads, H, W), as the model returns it.
+        captions: n texts, written below the images.
+
+    Returns:
+        uint8 (3, height, width) of the picture. Attention is the softmax over the patches, each
+        head on a scale of its own up to its maximum; below each head's components stands the
+        spatial entropy of its map in nats.
+    """
+    count, heads = similarity.shape[:2]
+    scale = TILE / max(images.shape[-2:])
+    size = [round(side * scale) for side in images.shape[-2:]]
+    entropy = spatial_entropy(similarity, "none")
+    activation = threshold_at_mean(similarity)
+    labels = connected_components(activation > 0)
+    attention = similarity.float().flatten(2).softmax(-1).view_as(similarity)
+    attention = attention / attention.amax((-2, -1), keepdim=True)
+
+    def enlarge(x: torch.Tensor) -> torch.Tensor:
+        return F.interpolate(x[None, None].float(), size)[0, 0].to(x.dtype)
+
+    def beside(tiles: list[torch.Tensor]) -> torch.Tensor:
+        gap = torch.full((3, tiles[0].shape[1], GAP), 255, dtype=torch.uint8)
+        return torch.cat([part for tile in tiles for part in (tile, gap)], dim=2)
+
+    def captions_beside(texts: list[str]) -> torch.Tensor:
+        return beside([caption(text, size[1]) for text in texts])
+
+    names = [f"head {head + 1}" for head in range(heads)]
+    rows = [
+        captions_beside(
+            [
+                "image",
+                "attention",
+                *[""] * (heads - 1),
+                "components",
+                *[""] * (heads - 1),
+            ]
+        ),
+        captions_beside(["", *names, *names]),
+    ]
+    for i in range(count):
+        image = F.interpolate(
+            images[i : i + 1].float(), size, mode="bilinear", antialias=True
+        )[0]
+        image = image.round().clamp(0, 255).to(torch.uint8)
+        grey = image.float().mean(0, keepdim=True).expand(3, -1, -1)
+        faded = (0.5 * grey + 0.5 * 255).to(torch.uint8)
+        attended, components = [], []
+        for head in range(heads):
+            attended.append(heat(enlarge(attention[i, head])))
+            found = labels[i, head].unique()
+            found = found[found > 0]
+            mass = [activation[i, head][labels[i, head] == n].sum() for n in found]
+            order = found[torch.tensor(mass).argsort(descending=True)]
+            masks = enlarge(labels[i, head])[None] == order[:, None, None]
+            colours = [PALETTE[n % len(PALETTE)] for n in range(len(masks))]
+            tile = (
+                draw_segmentation_masks(faded, masks, 0.75, colours)
+                if len(masks)
+                else faded
+            )
+            components.append(tile)
+        rows.append(beside([image, *attended, *components]))
+        values = [f"H = {value:.2f}" for value in entropy[i]]
+        rows.append(captions_beside([captions[i], *[""] * heads, *values]))
+    return F.pad(torch.cat(rows, dim=1), (GAP, 0, GAP, GAP), value=255)
+
+
+def pick_images(dataset: Dataset, count: int) -> list[int]:
+    """Indices of the first image of each class, and of every second one and so on, up to count."""
+    return balanced_subset(dataset, min(count, len(dataset)), seed=0).indices
+
+
+def newest_checkpoint(runs: Path = Path("runs")) -> Path:
+    """The checkpoint written last under `runs`.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    found = sorted(runs.glob("*/checkpoint.pt"), key=lambda path: path.stat().st_mtime)
+    if not found:
+        raise FileNotFoundError(
+            f"no checkpoint at {runs}/*/checkpoint.pt; train one with python train.py, "
+            "or name one with --checkpoint"
+        )
+    return found[-1]
+
+
+def make_parser() -> Parser:
+    parser = Parser(__doc__)
+    add = parser.add_argument
+    add(
+        "--checkpoint",
+        metavar="FILE",
+        help="of train.py; the newest in runs/, if left out",
+    )
+    add(
+        "--dataset", choices=DATASETS, metavar="NAME", help="the run's own, if left out"
+    )
+    add("--data-dir", metavar="DIR", help="where data sets lie; the run's, if left out")
+    add(
+        "--batch-size",
+        type=int,
+        metavar="N",
+        help="the run's, if left out",
+    )
+    add(
+        "--workers", type=int, default=0, metavar="N", help="processes that load images"
+    )
+    add(
+        "--device",
+        metavar="NAME",
+        help="cuda, mps or cpu; the first found, if left out",
+    )
+    add(
+        "--attention",
+        metavar="FILE.png",
+        help="draw images, attention and components there",
+    )
+    add("--rows", type=int, default=8, metavar="N", help="images in that picture")
+    return parser
+
+
+def main() -> None:
+    parser = make_parser()
+    args = parser.parse_args()
+    try:
+        device = choose_device(args.device)
+        picture = Path(args.attention) if args.attention else None
+        if picture and (picture.suffix != ".png" or not picture.parent.is_dir()):
+            raise ValueError(
+                f"--attention must be a .png file in a folder that exists, got {picture}"
+            )
+        path = Path(args.checkpoint) if args.checkpoint else newest_checkpoint()
+        model, checkpoint = load_run(path)
+        settings = checkpoint["settings"]
+        name = args.dataset or settings["dataset"]
+        transform = test_transform(settings["img_size"], crop=settings["crop"])
+        dataset = load_dataset(
+            name, args.data_dir or settings["data_dir"], "test", transform
+        )
+        if list(dataset.classes) != checkpoint["classes"]:
+            raise ValueError(
+                f"the classes of {name} are not those of the checkpoint, "
+                f"which was trained on {settings['dataset']}"
+            )
+        loader = make_loader(
+            dataset,
+            args.batch_size or settings["batch_size"],
+            train=False,
+            workers=args.workers,
+            pin_memory=device.type == "cuda",
+        )
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
+
+    amp = settings["amp"] and device.type == "cuda"
+    kind = "bfloat16" if amp else "float32"
+    print(
+        f"{path}: {settings['model']} after {checkpoint['epoch']} of {settings['epochs']} epochs"
+    )
+    print(f"{name}, test split, on {device} in {kind}")
+    model.to(device)
+    normalize = normalizer(name, device)
+    result = evaluate(model, loader, normalize, device, amp)
+    print(
+        "images {images}   top-1 {acc1:.2f} %   top-5 {acc5:.2f} %   loss {loss:.4f}".format(
+            **result
+        )
+    )
+    heads = len(result["entropy_per_head"])
+    print(
+        " " * 24
+        + "".join(f"{f'head {head + 1}':>9}" for head in range(heads))
+        + f"{'mean':>9}"
+    )
+    for label, key in (
+        ("spatial entropy (nats)", "entropy"),
+        ("connected components", "components"),
+    ):
+        values = [*result[f"{key}_per_head"], result[key]]
+        print(f"{label:<24}" + "".join(f"{value:9.3f}" for value in values))
+    if picture:
+        chosen = [dataset[index] for index in pick_images(dataset, args.rows)]
+        images = torch.stack([image for image, _ in chosen])
+        with torch.inference_mode():
+            _, similarity = model(normalize(images.to(device)))
+        captions = [dataset.classes[label] for _, label in chosen]
+        save_image(draw_attention(images, similarity.cpu(), captions) / 255, picture)
+        print(f"wrote {picture}")
+
+
+if __name__ == "__main__":
+    main()
