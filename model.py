@@ -308,7 +308,7 @@ def read_checkpoint(path: str | os.PathLike) -> Mapping:
         raise ValueError(
             f"{path} is damaged, or holds more than tensors and plain values"
         ) from error
-    except (RuntimeError, EOFError, OSError, KeyError, ValueError) as error:
+    except Exception as error:  # garbage makes the unpickler raise anything
         raise ValueError(f"{path} is damaged or not a checkpoint") from error
     if not hasattr(checkpoint, "keys"):
         raise ValueError(
@@ -350,17 +350,15 @@ def load_weights(model: VisionTransformer, weights: str | os.PathLike | Mapping)
     head = {name: tensor for name, tensor in own.items() if name.startswith("head.")}
     report = [f"loaded {source}"]
 
-    if "pos_embed" in given and given["pos_embed"].shape != own["pos_embed"].shape:
+    pos_embed = given.get("pos_embed", own["pos_embed"])
+    if pos_embed.shape[1:-1] != own["pos_embed"].shape[1:-1]:
         prefix = sum(name in given for name in ("cls_token", "dist_token"))
-        given["pos_embed"], sizes = resize_pos_embed(given["pos_embed"], prefix, model)
+        given["pos_embed"], sizes = resize_pos_embed(pos_embed, prefix, model)
         report.append(f"position embedding resized {sizes}")
     if any(name not in given or given[name].shape != head[name].shape for name in head):
-        had = (
-            f"{len(given['head.weight'])} classes" if "head.weight" in given else "none"
-        )
-        report.append(
-            f"head new, for {len(head['head.bias'])} classes (the file has {had})"
-        )
+        had = len(given["head.bias"]) if "head.bias" in given else "no"
+        new = f"{len(head['head.bias'])} classes (the file's has {had})"
+        report.append(f"head new, for {new}")
         given |= head
     for name, tensor in own.items():
         if name not in given:
@@ -400,8 +398,6 @@ def resize_pos_embed(
     patches = patches.unflatten(1, (side, side)).permute(
         0, 3, 1, 2
     )  # (1, D, side, side)
-    patches = F.interpolate(
-        patches.float(), size=model.grid, mode="bicubic", antialias=True
-    )
+    patches = F.interpolate(patches.float(), size=model.grid, mode="bicubic")
     resized = torch.cat((cls, patches.flatten(2).transpose(1, 2).to(cls)), dim=1)
     return resized, "{0}x{0} -> {1}x{2}".format(side, *model.grid)

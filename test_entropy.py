@@ -5,11 +5,24 @@ the two can be copied together; the rest is about the model and the scripts, whe
     python -m pytest
 """
 
+import argparse
+import contextlib
+import gzip
+import importlib
+import json
 import math
+import os
+import pickle
+import shutil
+import subprocess
+import sys
+import tarfile
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+import torchvision
 
 from entropy import (
     connected_components,
@@ -19,6 +32,10 @@ from entropy import (
     threshold_at_mean,
 )
 
+with contextlib.suppress(ModuleNotFoundError):  # the pair can be copied alone
+    import data
+    import model as vit
+    import train
 HERE = Path(__file__).resolve().parent
 
 # ------------------------------------------------------------------------ connected components
@@ -304,3 +321,519 @@ def test_cuda_equals_cpu_without_waiting_for_the_device() -> None:
     finally:
         torch.cuda.set_sync_debug_mode("default")
     torch.testing.assert_close(entropy.cpu(), spatial_entropy(similarity))
+
+
+# ------------------------------------------------------------------------- model and scripts
+# From here on the tests need the files they are about.
+
+needs_project = pytest.mark.skipif("train" not in globals(), reason="no train.py")
+
+SMALL = {
+    "img_size": (24, 40),
+    "patch_size": 8,
+    "embed_dim": 32,
+    "depth": 3,
+    "num_heads": 2,
+}
+
+
+def small_model(**options):
+    torch.manual_seed(0)
+    model = vit.VisionTransformer(**(SMALL | {"num_classes": 5} | options)).eval()
+    for (
+        parameter
+    ) in model.parameters():  # larger than at initialization, so that all matters
+        torch.nn.init.normal_(parameter, std=0.2)
+    return model
+
+
+def last_block_inputs(model, images: torch.Tensor) -> torch.Tensor:
+    """The tokens that enter the last block: (B, N, D)."""
+    seen = []
+    hook = model.blocks[-1].register_forward_pre_hook(
+        lambda _, inputs: seen.append(inputs[0])
+    )
+    model(images)
+    hook.remove()
+    return seen[0]
+
+
+@needs_project
+@pytest.mark.parametrize("pool", ["cls", "mean"])
+@pytest.mark.parametrize("last_skip", [True, False])
+def test_model_shapes(pool: str, last_skip: bool) -> None:
+    model = small_model(
+        pool=pool, last_skip=last_skip, in_chans=1, drop_path=0.5
+    ).train()
+    logits, similarity = model(torch.randn(4, 1, 24, 40))
+    assert logits.shape == (4, 5)
+    assert similarity.shape == (4, 2, 3, 5)
+    (logits.sum() + spatial_entropy(similarity)).backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+@needs_project
+@pytest.mark.parametrize("last_skip", [True, False])
+def test_cls_only_block_equals_the_full_block(last_skip: bool) -> None:
+    model = small_model(last_skip=last_skip).double()
+    images = torch.randn(2, 3, 24, 40, dtype=torch.float64)
+    tokens, block = last_block_inputs(model, images), model.blocks[-1]
+    normed = block.norm1(tokens)
+    q, k, v = (
+        block.attn.qkv(normed).view(2, 16, 3, 2, 16).permute(2, 0, 3, 1, 4)
+    )  # (B, h, N, d)
+    scores = q @ k.transpose(-2, -1) / 4  # sqrt(d) = 4
+    attended = (scores.softmax(-1) @ v).transpose(1, 2).flatten(2)
+    attended = block.attn.proj(attended)
+    torch.testing.assert_close(attended, block.attn(normed))  # the fused attention
+    if last_skip:
+        attended = attended + tokens
+    full = attended + block.mlp(block.norm2(attended))
+    logits, similarity = model(images)
+    torch.testing.assert_close(logits, model.head(model.norm(full))[:, 0])
+    torch.testing.assert_close(similarity, scores[:, :, 0, 1:].view(2, 2, 3, 5))
+
+
+@needs_project
+def test_mean_pooled_similarity_is_the_mean_of_the_rows() -> None:
+    model = small_model(pool="mean").double()
+    images = torch.randn(2, 3, 24, 40, dtype=torch.float64)
+    normed = model.blocks[-1].norm1(last_block_inputs(model, images))
+    q, k, _ = (
+        model.blocks[-1].attn.qkv(normed).view(2, 15, 3, 2, 16).permute(2, 0, 3, 1, 4)
+    )
+    rows = (q @ k.transpose(-2, -1) / 4).mean(-2)
+    torch.testing.assert_close(model(images)[1], rows.view(2, 2, 3, 5))
+    assert "cls_token" not in model.state_dict()
+
+
+@needs_project
+def test_without_the_last_skip_there_is_no_second_norm() -> None:
+    missing = (
+        small_model().state_dict().keys()
+        - small_model(last_skip=False).state_dict().keys()
+    )
+    assert missing == {"blocks.2.norm2.weight", "blocks.2.norm2.bias"}
+
+
+@needs_project
+def test_parameter_names_are_those_of_timm() -> None:
+    block = ("norm1", "attn.qkv", "attn.proj", "norm2", "mlp.fc1", "mlp.fc2")
+    layers = [f"blocks.{i}.{layer}" for i in range(12) for layer in block]
+    layers += ["patch_embed.proj", "norm", "head"]
+    names = {f"{layer}.{kind}" for layer in layers for kind in ("weight", "bias")}
+    with torch.device("meta"):
+        model = vit.VisionTransformer(**vit.MODELS["vit_small"])
+    assert model.state_dict().keys() == names | {"cls_token", "pos_embed"}
+    assert sum(parameter.numel() for parameter in model.parameters()) == 22_050_664
+
+
+@needs_project
+def test_same_logits_as_timm() -> None:
+    timm = pytest.importorskip("timm")
+    peer = timm.create_model("vit_small_patch16_224").eval()
+    model = vit.VisionTransformer(**vit.MODELS["vit_small"]).eval()
+    model.load_state_dict(peer.state_dict(), strict=True)
+    images = torch.randn(2, 3, 224, 224)
+    with torch.no_grad():
+        torch.testing.assert_close(model(images)[0], peer(images), rtol=0, atol=1e-5)
+
+
+@needs_project
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"img_size": (24, 41)}, "patch size 8 does not divide the image size 24x41"),
+        ({"num_heads": 3}, "num_heads 3 does not divide embed_dim 32"),
+        ({"pool": "max"}, "'max'"),
+        ({"depth": 0}, "depth must be at least 1, got 0"),
+        ({"drop_path": 1.0}, "drop_path"),
+    ],
+)
+def test_model_refuses_bad_sizes(options: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        small_model(**options)
+
+
+@needs_project
+def test_model_refuses_images_of_another_size() -> None:
+    with pytest.raises(ValueError, match="24x40, got 40x24"):
+        small_model()(torch.randn(1, 3, 40, 24))
+
+
+@needs_project
+def test_load_weights() -> None:
+    source = small_model(img_size=32)  # 4x4 patches
+    wrapped = {
+        f"module.backbone.{name}": value for name, value in source.state_dict().items()
+    }
+    same = small_model(img_size=32)
+    torch.nn.init.zeros_(same.head.weight)
+    report = vit.load_weights(same, {"teacher": wrapped, "epoch": 3})
+    assert report == "loaded the state dict"
+    images = torch.randn(1, 3, 32, 32)
+    assert same(images)[0].equal(source(images)[0])
+
+    other = small_model(num_classes=7, last_skip=False)  # 3x5 patches
+    head = other.head.weight.clone()
+    report = vit.load_weights(other, {"model": source.state_dict()})
+    assert "4x4 -> 3x5" in report
+    assert "head new, for 7 classes (the file's has 5)" in report
+    assert "left out blocks.2.norm2.bias, blocks.2.norm2.weight" in report
+    assert other.head.weight.equal(head)
+    assert other.pos_embed[:, 0].equal(source.pos_embed[:, 0])
+    patches = source.pos_embed[:, 1:].view(1, 4, 4, 32).permute(0, 3, 1, 2)
+    patches = torch.nn.functional.interpolate(patches, size=(3, 5), mode="bicubic")
+    torch.testing.assert_close(
+        other.pos_embed[:, 1:], patches.flatten(2).transpose(1, 2)
+    )
+
+
+@needs_project
+def test_load_weights_refuses_what_does_not_fit() -> None:
+    model = small_model()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(ValueError, match="has no "):
+        vit.load_weights(model, {"conv1.weight": torch.zeros(3)})
+    with pytest.raises(ValueError, match=r"\(1, 1, 64\), not \(1, 1, 32\)"):
+        vit.load_weights(model, small_model(embed_dim=64).state_dict())
+    assert all(value.equal(before[name]) for name, value in model.state_dict().items())
+
+
+@needs_project
+def test_read_checkpoint_refuses_damaged_and_executable_files(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="no checkpoint at"):
+        vit.read_checkpoint(tmp_path / "none.pt")
+    file = tmp_path / "file.pt"
+    torch.save({"model": torch.zeros(1000)}, file)
+    whole = file.read_bytes()
+    for content in (
+        b"",
+        b"text",
+        whole[: len(whole) // 2],
+        pickle.dumps({"run": os.getcwd}, 2),
+    ):
+        file.write_bytes(content)
+        with pytest.raises(ValueError, match="damaged"):
+            vit.read_checkpoint(file)
+
+
+# ---------------------------------------------------------------------------------------- data
+
+
+@needs_project
+def test_shapes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(data, "SHAPES_COUNT", {"train": 80, "test": 40})
+    first, again, test = data.Shapes("train"), data.Shapes("train"), data.Shapes("test")
+    assert first.images.equal(again.images)
+    assert first.masks.equal(again.masks)
+    assert not first.images[:40].equal(test.images)
+    assert first.images.shape == (80, 3, 48, 48)
+    assert first.targets.bincount().tolist() == [10] * len(first.classes)
+    assert len(first.classes) >= 8
+    for image, mask in zip(test.images.float(), test.masks):
+        assert 0.02 < mask.float().mean() < 0.5
+        assert len(connected_components(mask)[mask].unique()) == 1
+        # The object has one colour: its pixels vary less than those of the background.
+        assert image[:, mask].std(1).mean() < image[:, ~mask].std(1).mean()
+
+
+@needs_project
+def test_balanced_subset() -> None:
+    class Labels(torch.utils.data.Dataset):
+        targets = torch.tensor([0] * 50 + [1] * 30 + [2] * 5)
+
+        def __len__(self) -> int:
+            return len(self.targets)
+
+        def __getitem__(self, index: int) -> int:
+            return int(self.targets[index])
+
+    def counts(size: int, seed: int = 0) -> list[int]:
+        return (
+            torch.tensor(list(data.balanced_subset(Labels(), size, seed)))
+            .bincount()
+            .tolist()
+        )
+
+    assert counts(9) == [3, 3, 3]
+    assert sorted(counts(10)) == [3, 3, 4]
+    assert counts(45) == [20, 20, 5]
+    assert counts(85) == [50, 30, 5]
+    first, second = (data.balanced_subset(Labels(), 9, seed).indices for seed in (0, 1))
+    assert first == data.balanced_subset(Labels(), 9, 0).indices != second
+    with pytest.raises(
+        ValueError, match="86 images was asked for, of a data set of 85"
+    ):
+        data.balanced_subset(Labels(), 86, 0)
+
+
+def write_cifar100(folder: Path, archive: bool = False) -> None:
+    """A miniature in the layout of cifar-100-python.tar.gz: 8 training, 8 test images."""
+    inside = folder / "cifar-100-python"
+    inside.mkdir(parents=True)
+    pixels = torch.randint(256, (8, 3 * 32 * 32), dtype=torch.uint8).numpy()
+    part = {"data": pixels, "fine_labels": list(range(0, 80, 10))}
+    meta = {"fine_label_names": [f"class {n}" for n in range(100)]}
+    for name, content in {"train": part, "test": part, "meta": meta}.items():
+        (inside / name).write_bytes(pickle.dumps(content))
+    if archive:
+        with tarfile.open(folder / "cifar-100-python.tar.gz", "w:gz") as tar:
+            tar.add(inside, inside.name)
+        shutil.rmtree(inside)
+
+
+def write_fashion_mnist(folder: Path) -> None:
+    """A miniature in the layout of Debian's dataset-fashion-mnist: gzipped idx files."""
+    raw = folder / "FashionMNIST" / "raw"
+    raw.mkdir(parents=True)
+
+    def write(name: str, magic: int, array: torch.Tensor) -> None:
+        header = b"".join(n.to_bytes(4, "big") for n in (magic, *array.shape))
+        with gzip.open(raw / f"{name}-ubyte.gz", "wb") as file:
+            file.write(header + array.to(torch.uint8).numpy().tobytes())
+
+    for split, count in (("train", 20), ("t10k", 10)):
+        write(f"{split}-images-idx3", 2051, torch.randint(256, (count, 28, 28)))
+        write(f"{split}-labels-idx1", 2049, torch.arange(count) % 10)
+
+
+def write_folder(folder: Path) -> None:
+    for split, count in (("train", 6), ("val", 2)):
+        for name in ("cat", "dog"):
+            (folder / split / name).mkdir(parents=True)
+            for i in range(count):
+                file = folder / split / name / f"{i}.png"
+                torchvision.utils.save_image(torch.rand(3, 40, 60), file)
+
+
+@needs_project
+@pytest.mark.parametrize("crop", ["resized", "padded"])
+@pytest.mark.parametrize(
+    "name, write, classes, sizes",
+    [
+        ("cifar100", write_cifar100, 100, (8, 8)),
+        ("cifar100", partial(write_cifar100, archive=True), 100, (8, 8)),
+        ("fashion-mnist", write_fashion_mnist, 10, (20, 10)),
+        ("folder", write_folder, 2, (12, 4)),
+    ],
+)
+def test_data_sets_on_disk(name, write, classes, sizes, crop, tmp_path: Path) -> None:
+    write(tmp_path)
+    augment = data.train_transform(name, 32, crop=crop, rand_augment=9, reprob=1.0)
+    plain = data.test_transform(32, crop=crop)
+    normalize = data.normalizer(name, torch.device("cpu"))
+    for split, transform, size in zip(("train", "test"), (augment, plain), sizes):
+        dataset = data.load_dataset(name, tmp_path, split, transform)
+        assert len(dataset) == size
+        assert len(dataset.classes) == classes
+        train = split == "train"
+        loader = data.make_loader(dataset, 3, train=train, workers=0, pin_memory=False)
+        seen = []
+        for images, labels in loader:
+            assert images.dtype == torch.uint8
+            assert images.shape == (len(labels), 3, 32, 32)
+            assert normalize(images).isfinite().all()
+            seen += labels.tolist()
+        assert len(seen) == (size // 3 * 3 if train else size)
+        assert train or seen == torch.as_tensor(dataset.targets).tolist()
+
+
+@needs_project
+def test_test_images_are_not_augmented(tmp_path: Path) -> None:
+    write_cifar100(tmp_path)
+    plain = data.test_transform(32, crop="padded")
+    test = data.load_dataset("cifar100", tmp_path, "test", plain)
+    assert test[3][0].equal(torch.from_numpy(test.data[3]).permute(2, 0, 1))
+
+
+# ------------------------------------------------------------------------------------- training
+
+
+@needs_project
+def test_lambda_zero_is_the_plain_vit() -> None:
+    model = small_model()
+    images, target = torch.randn(4, 3, 24, 40), torch.arange(4)
+    loss, cross_entropy, entropy = train.losses(model, images, target, sar_lambda=None)
+    expected = torch.nn.functional.cross_entropy(model(images)[0], target)
+    assert loss.equal(expected)
+    got = torch.autograd.grad(loss, tuple(model.parameters()))
+    want = torch.autograd.grad(expected, tuple(model.parameters()))
+    assert all(a.equal(b) for a, b in zip(got, want))
+    assert not entropy.requires_grad
+    assert entropy.equal(spatial_entropy(model(images)[1]))
+
+    loss, cross_entropy, entropy = train.losses(model, images, target, sar_lambda=0.5)
+    torch.testing.assert_close(loss, cross_entropy + 0.5 * entropy)
+    assert loss.requires_grad
+
+
+@needs_project
+def test_schedules() -> None:
+    args = argparse.Namespace(**train.RECIPE, sar_lambda=0.01)
+    lr, sar_lambda = zip(*(train.rates(epoch, 100, args) for epoch in range(100)))
+    assert lr[0] == 1e-6
+    assert lr[5] == max(lr) == pytest.approx(5e-4 * 128 / 512)
+    assert lr[99] == pytest.approx(1e-5, rel=0.01)
+    assert sar_lambda[0] == 0
+    assert sar_lambda[4] == pytest.approx(0.004)
+    assert sar_lambda[10] == max(sar_lambda) == 0.01
+    assert sar_lambda[55] == pytest.approx(0.005)
+    assert sar_lambda[99] == pytest.approx(0, abs=1e-5)
+    args.epochs = 4  # shorter than either warm-up
+    lr, sar_lambda = zip(*(train.rates(step, 8, args) for step in range(8)))
+    assert sorted(lr) == list(lr)
+    assert max(sar_lambda) == sar_lambda[4] == 0.01
+
+
+@needs_project
+def test_weight_decay_is_of_weight_matrices_alone() -> None:
+    model = small_model()
+    decayed, kept = train.make_optimizer(model, 0.05).param_groups
+    assert (decayed["weight_decay"], kept["weight_decay"]) == (0.05, 0.0)
+    ids = {id(parameter) for parameter in decayed["params"]}
+    for name, parameter in model.named_parameters():
+        matrix = name.endswith("weight") and "norm" not in name
+        assert (id(parameter) in ids) == matrix
+
+
+def run(monkeypatch: pytest.MonkeyPatch, command: str) -> int:
+    """Run a script in this process, as `train --epochs 1`; returns its exit code."""
+    script, *arguments = command.split()
+    monkeypatch.setattr(sys, "argv", [f"{script}.py", *arguments])
+    try:
+        importlib.import_module(script).main()
+    except SystemExit as stop:
+        return stop.code if isinstance(stop.code, int) else 1
+    return 0
+
+
+TINY = "--dataset fashion-mnist --model vit_mini --img-size 28 --patch-size 4 "
+TINY += "--epochs 2 --batch-size 4 --device cpu"
+
+
+@needs_project
+def test_train_and_eval_from_the_shell(tmp_path: Path) -> None:
+    """The scripts themselves, in a folder of their own."""
+    write_fashion_mnist(tmp_path / "data")
+
+    def shell(script: str, *arguments: str) -> str:
+        command = [sys.executable, HERE / script, *arguments]
+        options = {"capture_output": True, "text": True, "timeout": 300}
+        return subprocess.run(command, cwd=tmp_path, check=True, **options).stdout
+
+    output = shell("train.py", *TINY.split())
+    assert "\r" not in output
+    folder = tmp_path / "runs" / "fashion-mnist-vit_mini-lambda0.01-seed0"
+    lines = (folder / "log.jsonl").read_text().splitlines()
+    header, *epochs = [json.loads(line) for line in lines]
+    assert header["sar_lambda"] == 0.01
+    assert header["last_skip"] is False
+    assert [epoch["epoch"] for epoch in epochs] == [1, 2]
+    for key in ("train_loss", "train_entropy", "test_loss", "test_acc1", "test_acc5"):
+        assert math.isfinite(epochs[1][key])
+    assert {"test_entropy", "lr", "sar_lambda", "images_per_second"} <= epochs[1].keys()
+    assert torch.load(folder / "checkpoint.pt", weights_only=True)["epoch"] == 2
+
+    output = shell("eval.py", "--attention", "attention.png")
+    assert f"top-1 {epochs[1]['test_acc1']:.2f} %" in output
+    assert f"loss {epochs[1]['test_loss']:.4f}" in output
+    picture = torchvision.datasets.folder.default_loader(tmp_path / "attention.png")
+    assert len(picture.getcolors(2**24)) > 100
+
+
+@needs_project
+def test_a_resumed_run_is_the_same_run(tmp_path, monkeypatch) -> None:
+    write_fashion_mnist(tmp_path / "data")
+    command = f"train {TINY} --data-dir {tmp_path}/data --mixup 0.8 --model-ema"
+    assert run(monkeypatch, f"{command} --output-dir {tmp_path}/whole") == 0
+
+    def save_and_stop(*saved) -> None:
+        save(*saved)
+        raise KeyboardInterrupt
+
+    save = train.save
+    command += f" --output-dir {tmp_path}/stopped"
+    monkeypatch.setattr(train, "save", save_and_stop)
+    assert run(monkeypatch, command) == 130
+    monkeypatch.setattr(train, "save", save)
+    assert run(monkeypatch, command) == 2  # it already holds a run
+    assert run(monkeypatch, f"{command} --resume --lr 1") == 2  # that is another run
+    assert run(monkeypatch, f"{command} --resume") == 0
+
+    files = [tmp_path / name / "checkpoint.pt" for name in ("whole", "stopped")]
+    whole, stopped = (torch.load(file, weights_only=True) for file in files)
+    for part in ("model", "model_ema"):
+        for name, value in whole[part].items():
+            assert value.equal(stopped[part][name])
+    for a, b in zip(whole["log"][1:], stopped["log"][1:], strict=True):
+        assert a | {"images_per_second": 0} == b | {"images_per_second": 0}
+
+
+@needs_project
+def test_the_papers_protocol(tmp_path, monkeypatch) -> None:
+    """`python train.py --dataset cifar100 --sar-lambda 0.01` on a miniature, one step."""
+    write_cifar100(tmp_path / "data", archive=True)
+    command = "train --dataset cifar100 --sar-lambda 0.01 --device cpu --epochs 1"
+    command += f" --batch-size 8 --data-dir {tmp_path}/data --output-dir {tmp_path}/run"
+    assert run(monkeypatch, command) == 0
+    checkpoint = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)
+    settings = argparse.Namespace(**checkpoint["settings"])
+    assert (settings.model, settings.img_size, settings.patch_size) == (
+        "vit_small",
+        224,
+        16,
+    )
+    assert (settings.lr, settings.min_lr, settings.warmup_lr) == (5e-4, 1e-5, 1e-6)
+    assert (settings.warmup_epochs, settings.weight_decay, settings.drop_path) == (
+        5,
+        0.05,
+        0.1,
+    )
+    assert (settings.smoothing, settings.aa, settings.reprob) == (0.1, 9, 0.25)
+    assert (settings.mixup, settings.cutmix, settings.crop) == (0.8, 1.0, "resized")
+    assert settings.model_ema
+    assert not settings.last_skip
+    assert train.RECIPES["cifar100"]["epochs"] == 100
+    assert len(checkpoint["classes"]) == 100
+    assert math.isfinite(checkpoint["log"][1]["train_loss"])
+
+
+BAD_INPUT = {
+    "train --dataset cifar1000": "invalid choice: 'cifar1000'",
+    "train --dataset cifar100 --data-dir nowhere": "nowhere/cifar-100-python",
+    "train --dataset folder --data-dir nowhere": "nowhere/train",
+    "train --img-size 50": "patch size 8 does not divide the image size 50x50",
+    "train --epochs 0": "--epochs",
+    "train --sar-lambda -1": "--sar-lambda",
+    "train --output-dir used": "used already holds a run",
+    "train --output-dir new --resume": "no run to resume at new",
+    "train --output-dir used --resume": "used/checkpoint.pt is damaged",
+    "train --finetune none.pt": "no checkpoint at none.pt",
+    "train --train-size 100000": "100000 images",
+    "train --device tpu": "tpu",
+    "train --dataset cifar100 --sar-lambda 0.01 --device cuda": "device cuda was asked for",
+    "eval": "no checkpoint at runs/*/checkpoint.pt",
+    "eval --checkpoint none.pt": "no checkpoint at none.pt",
+    "eval --checkpoint used/checkpoint.pt": "used/checkpoint.pt is damaged",
+    "eval --attention none/picture.png": "none/picture.png",
+}
+
+
+@needs_project
+@pytest.mark.parametrize("command", BAD_INPUT)
+def test_bad_input(command: str, tmp_path, monkeypatch, capsys) -> None:
+    """One sentence on standard error, an exit code that is not 0, and nothing written."""
+    used = tmp_path / "used" / "checkpoint.pt"
+    used.parent.mkdir()
+    used.write_bytes(b"a run")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(data, "SHAPES_COUNT", {"train": 80, "test": 40})
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert run(monkeypatch, command) != 0
+    error = capsys.readouterr().err
+    assert error.startswith(f"{command.split()[0]}.py: error: ")
+    assert BAD_INPUT[command] in error
+    assert error.count("\n") == 1
+    assert not (tmp_path / "runs").exists()
+    assert used.read_bytes() == b"a run"
