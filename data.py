@@ -87,8 +87,8 @@ DATASETS = {
 
 # ---------------------------------------------------------------------------------------- shapes
 
-SHAPES_SIZE = 48  # pixels, height and width
-SHAPES_COUNT = {"train": 8000, "test": 2000}
+SHAPES_SIZE = 56  # pixels, height and width
+SHAPES_COUNT = {"train": 10_000, "test": 2000}
 
 
 def _box(
@@ -343,7 +343,7 @@ def balanced_subset(dataset: Dataset, size: int, seed: int) -> Subset:
 
 # ---------------------------------------------------------------------------- images to batches
 
-CROPS = ("resized", "padded")
+CROPS = ("resized", "padded", "whole")
 
 
 def default_crop(img_size: int) -> str:
@@ -380,8 +380,8 @@ def train_transform(
     Args:
         name: key of `DATASETS`, for the mean colour that fills what a crop or rotation uncovers.
         img_size: side in pixels.
-        crop: "resized" takes a random area of 8 to 100 % and resizes it; "padded" shifts the whole
-            image by up to an eighth of its side.
+        crop: "resized" takes a random area of 8 to 100 % and resizes it; "padded" shifts
+            the whole image by up to an eighth of its side; "whole" leaves it in place.
         rand_augment: RandAugment's magnitude on its scale of 10, with 2 operations; 0 is off.
         reprob: probability of random erasing.
     """
@@ -394,6 +394,7 @@ def train_transform(
         )
     else:
         steps.append(v2.Resize((img_size, img_size), v2.InterpolationMode.BICUBIC))
+    if crop == "padded":
         steps.append(v2.RandomCrop(img_size, padding=img_size // 8, fill=fill))
     steps.append(v2.RandomHorizontalFlip())
     if (
@@ -411,8 +412,8 @@ def test_transform(img_size: int, *, crop: str) -> v2.Compose:
 
     Args:
         img_size: side in pixels.
-        crop: "resized" resizes the shorter side to 256/224 of img_size and takes the centre, the
-            ImageNet protocol; "padded" resizes the whole image.
+        crop: "resized" resizes the shorter side to 256/224 of img_size and takes the
+            centre, the ImageNet protocol; the others resize the whole image.
     """
     steps: list[Callable] = [v2.RGB()]
     if crop == "resized":

@@ -1,21 +1,19 @@
 # SPDX-License-Identifier: MIT
 """Spatial entropy: a loss that makes an attention map cluster into few connected regions.
 
-From Peruzzo et al., "Spatial Entropy as an Inductive Bias for Vision Transformers",
-arXiv 2206.04636; details the paper leaves open are those of the authors' code
-(https://github.com/helia95/SAR). For one image and one head of the last transformer block:
+From Peruzzo et al., "Spatial Entropy as an Inductive Bias for Vision Transformers"
+(arXiv 2206.04636), in the details that the authors' code settles
+(https://github.com/helia95/SAR). For one image and one head of the last block:
 
-    (1)  S[x, y] = <q_cls, k[x, y]> / sqrt(head_dim)      similarity map, before any softmax
-    (2)  A = ReLU(S - m),  m = mean of S                  foreground where S > m
+    (1)  S[x,y] = <q_cls, k[x,y]> / sqrt(head_dim)   similarity map, before any softmax
+    (2)  A = ReLU(S - m),  m = mean of S             the foreground is where S > m
     (3)  C_1 .. C_K = connected components of the foreground, 8-connectivity
-    (4)  P_n = sum of A over C_n / sum of A               probability of component n
-    (5)  H(S) = - sum_n P_n ln P_n                        nats; a single component gives 0
+    (4)  P_n = sum of A over C_n / sum of A          probability of component n
+    (5)  H(S) = - sum_n P_n ln P_n                   in nats; one component gives 0
     (6)  L = L_classification + lambda * mean of H over images and heads
 
-    symbol   variable                      symbol   variable
-    S        similarity                    C        labels
-    A        activation                    P        probability
-    H(S)     the value of spatial_entropy  lambda   sar_lambda, in train.py
+    S similarity    A activation    C labels    P probability    H entropy
+    lambda is up to the training loop: 0.01 in the paper, warmed up and decayed.
 
 Usage, in anyone's training loop:
 
@@ -24,12 +22,12 @@ Usage, in anyone's training loop:
     loss = criterion(logits, target) + 0.01 * spatial_entropy(similarity)
     loss.backward()
 
-What differs from the authors' code: any grid instead of 14x14; the components are found by tensor
-operations on the device of the input instead of by a loop over OpenCV calls on the CPU; a batch of
-constant maps gives 0 instead of an exception; a non-finite score gives NaN, never a loss that is
-silently left out; no epsilon is added to A.
+What differs from the authors' code: any grid instead of 14x14; components are found by
+tensor operations where the input lies instead of by a loop of OpenCV calls on the CPU; a
+batch of constant maps gives 0 instead of an exception; a non-finite score gives NaN
+instead of a term that is left out; no 1e-9 is added to A.
 
-This file needs torch alone. Run it to check it and time it: python entropy.py [--device cuda]
+This file needs torch alone. To check and time it: python entropy.py [--device cuda]
 """
 
 import argparse
@@ -42,19 +40,6 @@ import torch
 import torch.nn.functional as F
 
 
-def _rounds(height: int, width: int) -> list[int]:
-    """The most classes a component can still have at the start of each round of the labelling.
-
-    See `connected_components` for the argument; the list's length is the number of rounds.
-    """
-    classes = -(-height // 2) * -(-width // 2)
-    bounds = [height * width]
-    while classes > 1:
-        bounds += [classes, classes]
-        classes //= 2
-    return bounds
-
-
 def connected_components(mask: torch.Tensor) -> torch.Tensor:
     """Label the 8-connected components of a batch of masks, exactly, whatever their shape.
 
@@ -62,64 +47,76 @@ def connected_components(mask: torch.Tensor) -> torch.Tensor:
         mask: bool (..., H, W), any leading dimensions.
 
     Returns:
-        int64 (..., H, W): 0 on the background; elsewhere the same positive number on all pixels of
-        a component and different numbers on different components of a map. The number is
-        1 + the raster index of one of the component's own pixels, so numbers have gaps.
+        int64 (..., H, W): 0 on the background, elsewhere 1 + the largest raster index
+        y * W + x in the pixel's component; so numbers are positive, tell the components
+        of a map apart, and have gaps.
 
     Raises:
         TypeError: mask is not bool.
         ValueError: mask has fewer than two dimensions.
 
-    Method: pixels start with their raster index as label; the pixels with one label are a class. A
-    round (a) finds for every pixel the largest label in its 3x3 neighbourhood, (b) gives each class
-    the largest of those found by its pixels ("hooking", a scatter-max into a table of labels), and
-    (c) follows these pointers to their ends by squaring the table ("pointer jumping"), so that a
-    class takes the label of a class that is larger than all of its neighbours.
+    Method: every pixel starts with 1 + its raster index as label; the pixels with the same
+    label are a class. A round (a) finds for each pixel the largest label in its 3x3
+    neighbourhood, (b) points each class to the largest label its pixels found (hooking: a
+    scatter-max into a table of labels), and (c) follows the pointers to their ends by
+    squaring the table (pointer jumping). Thus a class takes the label of a class that is
+    larger than all classes it touches.
 
-    Why the rounds suffice. Labels never leave their component, and only grow. After the first round
-    the surviving labels are pixels larger than all their neighbours; no two of these touch, so a
-    2x2 block holds at most one: at most c = ceil(H/2) * ceil(W/2) classes. From then on two rounds
-    at least halve the classes of an unfinished component. For let class r survive two rounds.
-    If a class took a label through r in the first, r now holds two of the old classes. If none
-    did, then each neighbour s of r had a neighbour t > r, and took a label of at least t; so after
-    the first round r touches a larger class, and loses its label in the second: contradiction.
-    Hence 1 + 2 * floor(log2(c)) rounds, 11 for 14x14. In a round with at most k classes the chain
-    of pointers has at most k - 1 links, which ceil(log2(k - 1)) squarings follow to the end.
+    Why the rounds of `_rounds` suffice: labels only grow and never leave their component.
+    The labels that survive the first round are those of pixels larger than their
+    neighbours. No two of these touch, so a 2x2 block holds at most one, and a component
+    has at most c = ceil(H / 2) * ceil(W / 2) classes. From then on, two rounds at least
+    halve the classes of an unfinished component. Let r be a label that survives both. If
+    the pointers of another class ended at r in the first round, r now holds two of the old
+    classes or more. If not, each class s that touches r pointed to a label t > r, and ended
+    at t or above; then r touches something larger in the second round and does not survive
+    it, a contradiction. That makes 1 + 2 * floor(log2(c)) rounds, 11 for 14x14. With at
+    most k classes the pointers form chains of at most k - 1 links, which ceil(log2(k - 1))
+    squarings follow to the end.
 
-    On the CPU the loop ends as soon as nothing changes (random 14x14 maps: 5 rounds); elsewhere it
-    runs the full number, because to ask would make the host wait for the device.
+    On the CPU the loop ends when a round changes nothing. Elsewhere it runs all rounds,
+    because to ask would make the host wait for the device.
     """
     if mask.dtype != torch.bool:
         raise TypeError(f"mask must be a bool tensor, got {mask.dtype}")
     if mask.dim() < 2:
         raise ValueError(f"mask must have shape (..., H, W), got {tuple(mask.shape)}")
-    height, width = mask.shape[-2:]
-    pixels = height * width
     if mask.numel() == 0:
         return torch.zeros_like(mask, dtype=torch.int64)
+    shape = mask.shape
+    height, width = shape[-2:]
+    pixels = height * width
     stop_early = mask.device.type == "cpu" and not torch.compiler.is_compiling()
 
-    shape = mask.shape
     mask = mask.reshape(-1, height, width)  # (M, H, W)
     labels = torch.arange(1, pixels + 1, device=mask.device).view(height, width) * mask
     for classes in _rounds(height, width):
-        largest = F.pad(labels, (1, 1, 1, 1))  # separable 3x3 maximum
-        largest = (
-            largest[:, :, :-2].maximum(largest[:, :, 2:]).maximum(largest[:, :, 1:-1])
-        )
-        largest = (
-            largest[:, :-2].maximum(largest[:, 2:]).maximum(largest[:, 1:-1]) * mask
-        )
+        largest = _largest_neighbour(labels) * mask  # (a)
         if stop_early and torch.equal(largest, labels):
             break
-        table = labels.new_zeros(
-            len(mask), pixels + 1
-        )  # old label -> new label; 0 -> 0
+        table = labels.new_zeros(len(mask), pixels + 1)  # (b) old label -> new; 0 -> 0
         table.scatter_reduce_(1, labels.flatten(1), largest.flatten(1), "amax")
-        for _ in range((classes - 2).bit_length()):
+        for _ in range((classes - 2).bit_length()):  # (c)
             table = table.gather(1, table)
         labels = table.gather(1, labels.flatten(1)).view_as(mask)
     return labels.view(shape)
+
+
+def _rounds(height: int, width: int) -> list[int]:
+    """For each round of the labelling, the most classes a component can then have."""
+    classes = ((height + 1) // 2) * ((width + 1) // 2)
+    bounds = [height * width]
+    while classes > 1:
+        bounds += [classes, classes]
+        classes //= 2
+    return bounds
+
+
+def _largest_neighbour(labels: torch.Tensor) -> torch.Tensor:
+    """Maximum over 3x3 neighbourhoods, itself included: (M, H, W) -> (M, H, W)."""
+    x = F.pad(labels, (1, 1, 1, 1))
+    x = x[:, :, :-2].maximum(x[:, :, 1:-1]).maximum(x[:, :, 2:])
+    return x[:, :-2].maximum(x[:, 1:-1]).maximum(x[:, 2:])
 
 
 def threshold_at_mean(similarity: torch.Tensor) -> torch.Tensor:
@@ -143,8 +140,8 @@ def threshold_at_mean(similarity: torch.Tensor) -> torch.Tensor:
         )
     if similarity.dtype != torch.float64:
         similarity = similarity.float()
-    # Subtracting one of the map's own scores cancels in S - m. It makes the mean of a constant map
-    # exact, so that rounding cannot lift a constant map above its own mean.
+    # One of the map's own scores is subtracted first, which cancels in S - m. It makes the
+    # mean of a constant map exact: rounding cannot lift such a map above its own mean.
     shifted = similarity - similarity[..., :1, :1].detach()
     return F.relu(shifted - shifted.mean((-2, -1), keepdim=True))
 
@@ -171,15 +168,16 @@ def spatial_entropy(similarity: torch.Tensor, reduction: str = "mean") -> torch.
         raise ValueError(f'reduction must be "mean" or "none", got {reduction!r}')
     activation = threshold_at_mean(similarity)  # (2)
     labels = connected_components(activation.detach() > 0)  # (3)
-    labels, activation = labels.flatten(-2), activation.flatten(-2)  # (..., H*W)
-    # (4) The mass of each component, gathered in the slot of its label. Slot 0 takes the background,
+    labels, activation = labels.flatten(-2), activation.flatten(-2)  # (..., H * W)
+    # (4) The mass of each component, in the slot of its label. Slot 0 takes the background,
     # which adds 0, or the NaN of a map with a non-finite score.
     mass = activation.new_zeros(*activation.shape[:-1], activation.shape[-1] + 1)
     mass = mass.scatter_add(-1, labels, activation)
     total = mass.sum(-1, keepdim=True)
     probability = mass / total.where(total != 0, 1)
-    # (5) with 0 ln 0 = 0; the 1 keeps the gradient of the empty slots finite.
-    entropy = -(probability * probability.where(probability > 0, 1).log()).sum(-1)
+    # (5) as sum P ln(1 / P), so that 0 is not -0; the 1 stands in for 1 / 0 in empty slots.
+    surprise = (1 / probability.where(probability > 0, 1)).log()
+    entropy = (probability * surprise).sum(-1)
     return entropy.mean() if reduction == "mean" else entropy  # (6)
 
 
@@ -211,7 +209,7 @@ def slow_spatial_entropy(similarity: torch.Tensor) -> torch.Tensor:
         A = F.relu(S - S.mean())
         C = slow_connected_components(S > S.mean())
         P = [A[C == n].sum() / A.sum() for n in C[C > 0].unique()]
-        entropies.append(-sum((p * p.log() for p in P), start=S.sum() * 0))
+        entropies.append(sum((-p * p.log() for p in P), start=S.sum() * 0))
     return torch.stack(entropies).view(leading)
 
 

@@ -33,7 +33,7 @@ from torchvision.ops import stochastic_depth
 # Preset name -> the keyword arguments of VisionTransformer that make it. The first is this
 # project's own, for a training run on a CPU in minutes; the others are DeiT's.
 MODELS = {
-    "vit_mini": {"embed_dim": 96, "depth": 4, "num_heads": 3},
+    "vit_mini": {"embed_dim": 96, "depth": 4, "num_heads": 3, "init_std": 0.08},
     "vit_tiny": {"embed_dim": 192, "depth": 12, "num_heads": 3},
     "vit_small": {"embed_dim": 384, "depth": 12, "num_heads": 6},
     "vit_base": {"embed_dim": 768, "depth": 12, "num_heads": 12},
@@ -190,8 +190,10 @@ class VisionTransformer(nn.Module):
         qkv_bias: whether the query, key and value projection has a bias.
         drop_path: stochastic depth, rising linearly from 0 in the first block to this in the last.
         last_skip: False removes the skip connection around the last attention, as SAR does.
-        pool: "cls" classifies the CLS token. "mean" has no CLS token and classifies the mean of the
-            patch tokens; its similarity map is then the mean of the patch queries' maps.
+        pool: "cls" classifies the CLS token. "mean" has no CLS token and classifies the
+            mean of the patch tokens; its map is the mean of the patch queries' maps.
+        init_std: of the linear layers' initial weights. DeiT's 0.02 is for widths of some
+            hundreds; a ViT of width 96 learns several times faster from 0.08.
 
     Raises:
         ValueError: an image size that patch_size does not divide, an embed_dim that num_heads does
@@ -213,6 +215,7 @@ class VisionTransformer(nn.Module):
         drop_path: float = 0.0,
         last_skip: bool = True,
         pool: str = "cls",
+        init_std: float = 0.02,
     ) -> None:
         super().__init__()
         height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
@@ -250,16 +253,16 @@ class VisionTransformer(nn.Module):
         self.blocks.append(LastBlock(*shape, rates[-1], last_skip, pool))
         self.norm = nn.LayerNorm(embed_dim, eps=1e-6)
         self.head = nn.Linear(embed_dim, num_classes)
-        self._init_weights()
+        self._init_weights(init_std)
 
-    def _init_weights(self) -> None:
+    def _init_weights(self, init_std: float) -> None:
         """DeiT's initialisation; the patch projection keeps PyTorch's own."""
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
         if self.cls_token is not None:
             nn.init.trunc_normal_(self.cls_token, std=0.02)
         for module in self.modules():
             if isinstance(module, nn.Linear):
-                nn.init.trunc_normal_(module.weight, std=0.02)
+                nn.init.trunc_normal_(module.weight, std=init_std)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
 

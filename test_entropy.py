@@ -1,12 +1,11 @@
 # SPDX-License-Identifier: MIT
-"""What must hold. The first part is the specification of entropy.py and needs that file alone, so
-the two can be copied together; the rest is about the model and the scripts, where they are.
+"""What must hold: python -m pytest
 
-    python -m pytest
+The first part is the specification of entropy.py and needs that file and PyTorch alone, so
+the two can be copied together. The rest is about this project's other files.
 """
 
 import argparse
-import contextlib
 import gzip
 import importlib
 import json
@@ -22,7 +21,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import torchvision
 
 from entropy import (
     connected_components,
@@ -32,13 +30,17 @@ from entropy import (
     threshold_at_mean,
 )
 
-with contextlib.suppress(ModuleNotFoundError):  # the pair can be copied alone
+HERE = Path(__file__).resolve().parent
+FILES = [HERE / f"{name}.py" for name in ("data", "eval", "model", "train")]
+PROJECT = all(file.is_file() for file in FILES)
+if PROJECT:
+    import torchvision
+
     import data
     import model as vit
     import train
-HERE = Path(__file__).resolve().parent
 
-# ------------------------------------------------------------------------ connected components
+# ---------------------------------------------------------------- connected components
 
 
 def mask_of(text: str) -> torch.Tensor:
@@ -184,7 +186,7 @@ def test_labelling_refuses_what_is_no_mask() -> None:
         connected_components(torch.zeros(3, dtype=torch.bool))
 
 
-# ------------------------------------------------------------------------------ spatial entropy
+# -------------------------------------------------------------------- spatial entropy
 
 
 def random_maps(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -323,48 +325,38 @@ def test_cuda_equals_cpu_without_waiting_for_the_device() -> None:
     torch.testing.assert_close(entropy.cpu(), spatial_entropy(similarity))
 
 
-# ------------------------------------------------------------------------- model and scripts
-# From here on the tests need the files they are about.
+# --------------------------------------------------------------------------- the model
 
-needs_project = pytest.mark.skipif("train" not in globals(), reason="no train.py")
-
-SMALL = {
-    "img_size": (24, 40),
-    "patch_size": 8,
-    "embed_dim": 32,
-    "depth": 3,
-    "num_heads": 2,
-}
+needs_project = pytest.mark.skipif(not PROJECT, reason="entropy.py was copied alone")
 
 
 def small_model(**options):
+    """3x5 patches, 2 heads, 3 blocks; weights larger than at the start, so all matter."""
+    sizes = {"img_size": (24, 40), "patch_size": 8, "num_classes": 5}
+    sizes |= {"embed_dim": 32, "depth": 3, "num_heads": 2}
     torch.manual_seed(0)
-    model = vit.VisionTransformer(**(SMALL | {"num_classes": 5} | options)).eval()
-    for (
-        parameter
-    ) in model.parameters():  # larger than at initialization, so that all matters
+    model = vit.VisionTransformer(**(sizes | options)).eval()
+    for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
     return model
 
 
-def last_block_inputs(model, images: torch.Tensor) -> torch.Tensor:
-    """The tokens that enter the last block: (B, N, D)."""
-    seen = []
-    hook = model.blocks[-1].register_forward_pre_hook(
-        lambda _, inputs: seen.append(inputs[0])
-    )
+def last_block(model, images: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Tokens that enter the last block, (B, N, D), and their q, k, v, each (B, h, N, d)."""
+    seen, block = [], model.blocks[-1]
+    hook = block.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
     model(images)
     hook.remove()
-    return seen[0]
+    qkv = block.attn.qkv(block.norm1(seen[0])).unflatten(-1, (3, 2, 16))
+    return seen[0], *qkv.permute(2, 0, 3, 1, 4)
 
 
 @needs_project
 @pytest.mark.parametrize("pool", ["cls", "mean"])
 @pytest.mark.parametrize("last_skip", [True, False])
 def test_model_shapes(pool: str, last_skip: bool) -> None:
-    model = small_model(
-        pool=pool, last_skip=last_skip, in_chans=1, drop_path=0.5
-    ).train()
+    options = {"pool": pool, "last_skip": last_skip, "in_chans": 1, "drop_path": 0.5}
+    model = small_model(**options).train()
     logits, similarity = model(torch.randn(4, 1, 24, 40))
     assert logits.shape == (4, 5)
     assert similarity.shape == (4, 2, 3, 5)
@@ -377,15 +369,11 @@ def test_model_shapes(pool: str, last_skip: bool) -> None:
 def test_cls_only_block_equals_the_full_block(last_skip: bool) -> None:
     model = small_model(last_skip=last_skip).double()
     images = torch.randn(2, 3, 24, 40, dtype=torch.float64)
-    tokens, block = last_block_inputs(model, images), model.blocks[-1]
-    normed = block.norm1(tokens)
-    q, k, v = (
-        block.attn.qkv(normed).view(2, 16, 3, 2, 16).permute(2, 0, 3, 1, 4)
-    )  # (B, h, N, d)
+    tokens, q, k, v = last_block(model, images)
+    block = model.blocks[-1]
     scores = q @ k.transpose(-2, -1) / 4  # sqrt(d) = 4
-    attended = (scores.softmax(-1) @ v).transpose(1, 2).flatten(2)
-    attended = block.attn.proj(attended)
-    torch.testing.assert_close(attended, block.attn(normed))  # the fused attention
+    attended = block.attn.proj((scores.softmax(-1) @ v).transpose(1, 2).flatten(2))
+    torch.testing.assert_close(attended, block.attn(block.norm1(tokens)))  # fused
     if last_skip:
         attended = attended + tokens
     full = attended + block.mlp(block.norm2(attended))
@@ -398,10 +386,7 @@ def test_cls_only_block_equals_the_full_block(last_skip: bool) -> None:
 def test_mean_pooled_similarity_is_the_mean_of_the_rows() -> None:
     model = small_model(pool="mean").double()
     images = torch.randn(2, 3, 24, 40, dtype=torch.float64)
-    normed = model.blocks[-1].norm1(last_block_inputs(model, images))
-    q, k, _ = (
-        model.blocks[-1].attn.qkv(normed).view(2, 15, 3, 2, 16).permute(2, 0, 3, 1, 4)
-    )
+    _, q, k, _ = last_block(model, images)
     rows = (q @ k.transpose(-2, -1) / 4).mean(-2)
     torch.testing.assert_close(model(images)[1], rows.view(2, 2, 3, 5))
     assert "cls_token" not in model.state_dict()
@@ -409,11 +394,8 @@ def test_mean_pooled_similarity_is_the_mean_of_the_rows() -> None:
 
 @needs_project
 def test_without_the_last_skip_there_is_no_second_norm() -> None:
-    missing = (
-        small_model().state_dict().keys()
-        - small_model(last_skip=False).state_dict().keys()
-    )
-    assert missing == {"blocks.2.norm2.weight", "blocks.2.norm2.bias"}
+    plain, sar = small_model().state_dict(), small_model(last_skip=False).state_dict()
+    assert plain.keys() - sar.keys() == {"blocks.2.norm2.weight", "blocks.2.norm2.bias"}
 
 
 @needs_project
@@ -464,9 +446,8 @@ def test_model_refuses_images_of_another_size() -> None:
 @needs_project
 def test_load_weights() -> None:
     source = small_model(img_size=32)  # 4x4 patches
-    wrapped = {
-        f"module.backbone.{name}": value for name, value in source.state_dict().items()
-    }
+    state = source.state_dict()
+    wrapped = {f"module.backbone.{name}": value for name, value in state.items()}
     same = small_model(img_size=32)
     torch.nn.init.zeros_(same.head.weight)
     report = vit.load_weights(same, {"teacher": wrapped, "epoch": 3})
@@ -476,7 +457,7 @@ def test_load_weights() -> None:
 
     other = small_model(num_classes=7, last_skip=False)  # 3x5 patches
     head = other.head.weight.clone()
-    report = vit.load_weights(other, {"model": source.state_dict()})
+    report = vit.load_weights(other, {"model": state})
     assert "4x4 -> 3x5" in report
     assert "head new, for 7 classes (the file's has 5)" in report
     assert "left out blocks.2.norm2.bias, blocks.2.norm2.weight" in report
@@ -518,7 +499,7 @@ def test_read_checkpoint_refuses_damaged_and_executable_files(tmp_path: Path) ->
             vit.read_checkpoint(file)
 
 
-# ---------------------------------------------------------------------------------------- data
+# ------------------------------------------------------------------------------- data
 
 
 @needs_project
@@ -528,7 +509,7 @@ def test_shapes(monkeypatch: pytest.MonkeyPatch) -> None:
     assert first.images.equal(again.images)
     assert first.masks.equal(again.masks)
     assert not first.images[:40].equal(test.images)
-    assert first.images.shape == (80, 3, 48, 48)
+    assert first.images.shape == (80, 3, 56, 56)
     assert first.targets.bincount().tolist() == [10] * len(first.classes)
     assert len(first.classes) >= 8
     for image, mask in zip(test.images.float(), test.masks):
@@ -647,7 +628,7 @@ def test_test_images_are_not_augmented(tmp_path: Path) -> None:
     assert test[3][0].equal(torch.from_numpy(test.data[3]).permute(2, 0, 1))
 
 
-# ------------------------------------------------------------------------------------- training
+# --------------------------------------------------------------------------- training
 
 
 @needs_project

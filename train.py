@@ -1,17 +1,19 @@
 # SPDX-License-Identifier: MIT
 """Train a Vision Transformer with SAR, the spatial-entropy loss of arXiv 2206.04636.
 
-    python train.py                                         # shapes, on a CPU, in minutes
-    python train.py --dataset cifar100 --sar-lambda 0.01 --device cuda    # the paper's protocol
-    python train.py --dataset cifar100 --sar-lambda 0                     # its plain ViT
-    python train.py --resume                                # continue the run in --output-dir
+    python train.py                                # shapes: on a CPU, in minutes
+    python train.py --dataset cifar100 --sar-lambda 0.01 --device cuda   # the paper's
+    python train.py --dataset cifar100 --sar-lambda 0                    # its plain ViT
+    python train.py --resume                       # continue the run in --output-dir
+    python train.py --benchmark --batch-size 4     # time steps of both
 
-The run is written to --output-dir: checkpoint.pt after every epoch, and log.jsonl, whose first line
-is the settings and every other an epoch. Defaults depend on the data set: the paper's protocol, but
-for shapes; `python train.py --dataset NAME --help` shows those of NAME.
+A run lies in its --output-dir: checkpoint.pt, written after every epoch, and log.jsonl, a
+line of settings, then a line for each epoch. The defaults below are those of the data set
+that is named: the paper's protocol, and for shapes something smaller.
 """
 
 import argparse
+import copy
 import json
 import math
 import os
@@ -27,7 +29,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 import torchvision
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torch.utils.data import DataLoader
 from torchvision.transforms import v2
 
@@ -46,7 +48,7 @@ from entropy import spatial_entropy
 from eval import Parser, choose_device, evaluate, load_run
 from model import MODELS, VisionTransformer, load_weights
 
-# The authors' recipe: DeiT's, with 100 epochs, as for all small data sets of the paper.
+# The authors' recipe for small data sets: DeiT's, for 100 epochs.
 RECIPE = {
     "model": "vit_small",
     "img_size": 224,
@@ -68,16 +70,16 @@ RECIPE = {
     "model_ema": True,
     "model_ema_decay": 0.99996,
 }
-# What a data set does otherwise. Shapes is a demonstration that two CPU cores finish in minutes.
+# Where a data set differs. Shapes is a demonstration, for two CPU cores and two minutes.
 RECIPES = {name: RECIPE for name in DATASETS} | {
     "shapes": RECIPE
     | {
         "model": "vit_mini",
-        "img_size": 48,
+        "img_size": 56,
         "patch_size": 8,
-        "crop": "padded",
+        "crop": "whole",
         "drop_path": 0.0,
-        "epochs": 16,
+        "epochs": 10,
         "batch_size": 32,
         "lr": 0.0128,
         "warmup_epochs": 2.0,
@@ -90,7 +92,9 @@ RECIPES = {name: RECIPE for name in DATASETS} | {
     }
 }
 SAR_WARMUP_EPOCHS = 10  # of lambda
-BENCHMARK_STEPS = 20
+BENCHMARK_WARMUP, BENCHMARK_STEPS = 3, 20
+# What may differ when a run is resumed: where it runs, not what it computes.
+MAY_DIFFER = {"data_dir", "device", "workers", "compile", "finetune", "output_dir"}
 
 
 def schedule(
@@ -115,11 +119,15 @@ def rates(step: int, total: int, args: argparse.Namespace) -> tuple[float, float
     for 10 epochs (half of a run shorter than 20) and falls to 0 by a cosine.
     """
     progress = step / total
-    peak = args.lr * args.batch_size / 512
     warmup = min(args.warmup_epochs / args.epochs, 1)
-    lr = schedule(progress, warmup, args.warmup_lr, peak, args.min_lr)
+    lr = schedule(progress, warmup, args.warmup_lr, peak_lr(args), args.min_lr)
     warmup = min(SAR_WARMUP_EPOCHS / args.epochs, 0.5)
     return lr, schedule(progress, warmup, 0.0, args.sar_lambda, 0.0)
+
+
+def peak_lr(args: argparse.Namespace) -> float:
+    """The learning rate scaled to the batch, by the linear rule of arXiv 1706.02677."""
+    return args.lr * args.batch_size / 512
 
 
 def losses(
@@ -215,21 +223,16 @@ def make_parser(recipe: dict) -> Parser:
     names = ", ".join(DATASETS)
     add("--dataset", choices=DATASETS, default="shapes", metavar="NAME", help=names)
     add("--data-dir", default="data", metavar="DIR", help="where data sets lie or go")
-    add(
-        "--train-size",
-        type=whole,
-        metavar="N",
-        help="train on N images, class-balanced",
-    )
+    add("--train-size", type=whole, metavar="N", help="of a class-balanced subset")
     add("--img-size", type=whole, metavar="PX", help="side of the images")
-    crop = "a random area, as for ImageNet, or the whole image, shifted; "
-    crop += "padded up to 32 px and resized above, if left out"
+    crop = "a random area, as for ImageNet; the whole image, shifted; or unshifted; "
+    crop += "if left out padded up to 32 px, else resized"
     add("--crop", choices=CROPS, help=crop)
     add(
         "--aa",
         type=randaugment,
         metavar="rand-mM",
-        help="RandAugment, M of 10; or none",
+        help="RandAugment, M of 10, or none",
     )
     add("--reprob", type=share, metavar="P", help="probability of random erasing")
     add("--mixup", type=positive, metavar="ALPHA", help="mixup; 0 is off")
@@ -247,10 +250,8 @@ def make_parser(recipe: dict) -> Parser:
     add("--finetune", metavar="FILE", help=finetune)
 
     add = parser.add_argument_group("SAR").add_argument
-    sar_lambda = (
-        "weight of the spatial entropy: up for 10 epochs (half of a run shorter "
-    )
-    sar_lambda += "than 20), down to 0 by a cosine; 0 is the plain ViT"
+    sar_lambda = "weight of the spatial entropy: rises for 10 epochs (half of a run "
+    sar_lambda += "shorter than 20), falls to 0 by a cosine; 0 is the plain ViT"
     add("--sar-lambda", type=positive, default=0.01, metavar="L", help=sar_lambda)
     last_skip = "skip connection around the last attention; if left out the paper's "
     last_skip += "pairing, kept only if lambda is 0"
@@ -265,11 +266,7 @@ def make_parser(recipe: dict) -> Parser:
     add("--warmup-epochs", type=positive, metavar="N", help="epochs of linear warm-up")
     add("--weight-decay", type=positive, metavar="WD", help="of weight matrices alone")
     add("--smoothing", type=share, metavar="EPS", help="label smoothing")
-    add(
-        "--model-ema",
-        action=yes_or_no,
-        help="average the weights too, and evaluate that",
-    )
+    add("--model-ema", action=yes_or_no, help="also average and evaluate the weights")
     add("--model-ema-decay", type=share, metavar="D", help="of the average, per step")
 
     add = parser.add_argument_group("run").add_argument
@@ -299,16 +296,18 @@ def parse_arguments() -> tuple[Parser, argparse.Namespace]:
     return parser, parser.parse_args()
 
 
-# ----------------------------------------------------------------------------------- one run
+# ------------------------------------------------------------------------------- one run
 
 
 def say(text: str, stays: bool = True) -> None:
-    """Print a line. One that does not stay is overwritten, and shown on terminals alone."""
-    if sys.stdout.isatty():
-        text = text[: shutil.get_terminal_size().columns - 1] if not stays else text
-        print(f"\r\033[K{text}", end="\n" if stays else "", flush=True)
-    elif stays:
-        print(text, flush=True)
+    """Print a line; one that does not stay is shown on terminals alone, and overwritten."""
+    if not sys.stdout.isatty():
+        if stays:
+            print(text, flush=True)
+        return
+    if not stays:
+        text = text[: shutil.get_terminal_size().columns - 1]
+    print(f"\r\033[K{text}", end="\n" if stays else "", flush=True)
 
 
 def duration(seconds: float) -> str:
@@ -318,7 +317,11 @@ def duration(seconds: float) -> str:
 
 
 def resolve(args: argparse.Namespace) -> torch.device:
-    """Fill in the settings that were left to be chosen; returns the device."""
+    """Fill in the settings that were left out; returns the device.
+
+    Raises:
+        ValueError: there is no such device here.
+    """
     device = choose_device(args.device)
     args.device = str(device)
     if args.amp is None:
@@ -334,129 +337,101 @@ def resolve(args: argparse.Namespace) -> torch.device:
     return device
 
 
-def architecture(args: argparse.Namespace, classes: int) -> dict:
-    """The keyword arguments of VisionTransformer, plain values, for the checkpoint."""
-    return MODELS[args.model] | {
-        "img_size": args.img_size,
-        "patch_size": args.patch_size,
-        "num_classes": classes,
-        "drop_path": args.drop_path,
-        "last_skip": args.last_skip,
-        "pool": args.pool,
-    }
-
-
-# What may differ when a run is resumed: where it runs, not what it computes.
-MAY_DIFFER = {"data_dir", "device", "workers", "compile", "finetune", "output_dir"}
-
-
 def settings(args: argparse.Namespace) -> dict:
-    """The settings of a run, plain values, without what is no property of it."""
-    return {
-        name: value
-        for name, value in vars(args).items()
-        if name not in ("resume", "benchmark")
-    }
+    """What the run is, in plain values, without what was asked of this process alone."""
+    asked = {"resume", "benchmark"}
+    return {name: value for name, value in vars(args).items() if name not in asked}
 
 
-def versions(device: torch.device) -> dict:
-    return {
-        "torch": str(torch.__version__),
-        "torchvision": str(torchvision.__version__),
-        "python": platform.python_version(),
-        "hardware": hardware(device),
-    }
+def architecture(args: argparse.Namespace, classes: int) -> dict:
+    """Keyword arguments of VisionTransformer, plain values, for the checkpoint."""
+    names = ("img_size", "patch_size", "drop_path", "last_skip", "pool")
+    chosen = {name: getattr(args, name) for name in names}
+    return {**MODELS[args.model], **chosen, "num_classes": classes}
+
+
+def hardware(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    processor = platform.processor() or platform.machine()
+    return f"{device.type} ({processor}, {torch.get_num_threads()} threads)"
 
 
 def check_output_dir(args: argparse.Namespace) -> dict | None:
     """The checkpoint to resume from, or None for a new run.
 
     Raises:
-        FileNotFoundError, ValueError: the directory holds a run and --resume was not given, or the
-            reverse, or the settings of the run are others.
+        FileNotFoundError, ValueError: --resume finds no run, a damaged one, or one with
+            other settings; or the directory holds a run and --resume was not given.
     """
-    output_dir = Path(args.output_dir)
-    path = output_dir / "checkpoint.pt"
+    folder = Path(args.output_dir)
     if not args.resume:
-        if path.exists() or (output_dir / "log.jsonl").exists():
+        if any((folder / name).exists() for name in ("checkpoint.pt", "log.jsonl")):
             raise ValueError(
-                f"{output_dir} already holds a run: --resume continues it, "
+                f"{folder} already holds a run: --resume continues it, "
                 "another --output-dir starts a new one"
             )
         return None
-    if not path.exists():
-        raise FileNotFoundError(f"there is no run to resume at {path}")
-    _, checkpoint = load_run(path)
-    was, now = checkpoint["settings"], settings(args)
+    if not (folder / "checkpoint.pt").exists():
+        raise FileNotFoundError(f"there is no run to resume in {folder}")
+    _, checkpoint = load_run(folder / "checkpoint.pt")
     differ = [
-        f"{name} {was.get(name)} -> {now[name]}"
-        for name in now
-        if name not in MAY_DIFFER and was.get(name) != now[name]
+        f"{name} {checkpoint['settings'].get(name)} -> {now}"
+        for name, now in settings(args).items()
+        if name not in MAY_DIFFER and checkpoint["settings"].get(name) != now
     ]
     if differ:
-        raise ValueError(
-            f"the run at {output_dir} has other settings: {', '.join(differ)}"
-        )
+        raise ValueError(f"the run in {folder} has other settings: {', '.join(differ)}")
     return checkpoint
 
 
-def save(output_dir: Path, checkpoint: dict) -> None:
-    """Write checkpoint.pt and log.jsonl, each whole and under another name first."""
-    partial = output_dir / "checkpoint.pt.partial"
-    torch.save(checkpoint, partial)
-    partial.replace(output_dir / "checkpoint.pt")
-    partial = output_dir / "log.jsonl.partial"
-    partial.write_text("".join(json.dumps(line) + "\n" for line in checkpoint["log"]))
-    partial.replace(output_dir / "log.jsonl")
+def prepare(args: argparse.Namespace, device: torch.device) -> tuple:
+    """Model, loaders and checkpoint for `train`, all checked; nothing is written.
 
+    Raises:
+        OSError, ValueError: one sentence on what is wrong with settings, data or files.
+    """
+    checkpoint = check_output_dir(args)
+    options = {"crop": args.crop, "rand_augment": args.aa, "reprob": args.reprob}
+    augment = train_transform(args.dataset, args.img_size, **options)
+    plain = test_transform(args.img_size, crop=args.crop)
+    train_set = load_dataset(args.dataset, args.data_dir, "train", augment)
+    test_set = load_dataset(args.dataset, args.data_dir, "test", plain)
+    classes = list(train_set.classes)
+    if args.train_size:
+        train_set = balanced_subset(train_set, args.train_size, args.seed)
+    options = {"workers": args.workers, "pin_memory": device.type == "cuda"}
+    train_loader = make_loader(train_set, args.batch_size, train=True, **options)
+    test_loader = make_loader(test_set, args.batch_size, train=False, **options)
+    torch.manual_seed(args.seed)
+    model = VisionTransformer(**architecture(args, len(classes)))
+    if checkpoint:
+        model.load_state_dict(checkpoint["model"])
+    elif args.finetune:
+        say(load_weights(model, args.finetune))
+    versions = {
+        "torch": str(torch.__version__),
+        "torchvision": str(torchvision.__version__),
+        "python": platform.python_version(),
+        "hardware": hardware(device),
+    }
+    new = {
+        "epoch": 0,  # how many are done
+        "settings": settings(args),
+        "architecture": architecture(args, len(classes)),
+        "classes": classes,
+        "log": [settings(args) | versions],
+    }
 
-def hardware(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    cpu = platform.processor() or platform.machine()
-    return f"{device.type}, {cpu}, {torch.get_num_threads()} threads"
-
-
-def benchmark(args: argparse.Namespace, device: torch.device) -> None:
-    """Time training steps on random images, plain ViT and SAR in turn."""
-    images = torch.randn(
-        args.batch_size, 3, args.img_size, args.img_size, device=device
-    )
-    target = torch.randint(1000, (args.batch_size,), device=device)
-    contestants = {}
-    for name, sar_lambda in (("plain ViT", None), ("SAR", args.sar_lambda)):
-        torch.manual_seed(args.seed)
-        model = VisionTransformer(**architecture(args, classes=1000)).to(device)
-        optimizer = make_optimizer(model, args.weight_decay)
-        model = torch.compile(model) if args.compile else model
-        contestants[name] = (model, optimizer, sar_lambda, [])
-    say(
-        f"{args.model}, {args.img_size} px, patches of {args.patch_size} px, batch {args.batch_size}, "
-        f"{'bfloat16' if args.amp else 'float32'}, {hardware(device)}, torch {torch.__version__}"
-    )
-    for step in range(BENCHMARK_STEPS + 3):
-        for model, optimizer, sar_lambda, seconds in contestants.values():
-            start = time.perf_counter()
-            loss, *_ = losses(
-                model, images, target, sar_lambda=sar_lambda, amp=args.amp
-            )
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            loss.item()  # waits for the device
-            if step >= 3:  # the first steps allocate memory and compile
-                seconds.append(time.perf_counter() - start)
-        say(f"step {step + 1} of {BENCHMARK_STEPS + 3}", stays=False)
-    for name, (_, _, _, seconds) in contestants.items():
-        middle = statistics.median(seconds)
-        say(
-            f"{name:>10}{middle * 1e3:10.1f} ms a step{args.batch_size / middle:10.1f} images/s"
-        )
-    plain, sar = (seconds for *_, seconds in contestants.values())
-    ratio = statistics.median(b / a for a, b in zip(plain, sar))
-    say(
-        f"SAR takes {ratio:.3f} of the time, the median over {len(plain)} pairs of steps"
-    )
+    millions = sum(parameter.numel() for parameter in model.parameters()) / 1e6
+    grid, skip = "x".join(map(str, model.grid)), "kept" if args.last_skip else "removed"
+    say(f"{args.model}: {millions:.2f} M parameters, {grid} patches, last skip {skip}")
+    sizes = f"{len(train_set)} training and {len(test_set)} test images"
+    say(f"{args.dataset}: {sizes}, {len(classes)} classes")
+    say(f"{hardware(device)}, {'bfloat16' if args.amp else 'float32'}")
+    scaled = f"{args.lr:g} * {args.batch_size} / 512 = {peak_lr(args):.3g}"
+    say(f"learning rate {scaled}, lambda {args.sar_lambda:g}")
+    return model, train_loader, test_loader, checkpoint or new
 
 
 def train(
@@ -471,20 +446,16 @@ def train(
     model.to(device)
     step_model = torch.compile(model) if args.compile else model
     optimizer = make_optimizer(model, args.weight_decay)
+    ema = copy.deepcopy(model).requires_grad_(False) if args.model_ema else None
+    update_ema = get_ema_multi_avg_fn(args.model_ema_decay)
     normalize = normalizer(args.dataset, device)
     mix = make_mix(args.mixup, args.cutmix, len(checkpoint["classes"]))
     steps, total = len(train_loader), args.epochs * len(train_loader)
     first = checkpoint["epoch"] * steps
-    ema = None
-    if args.model_ema:
-        ema = AveragedModel(
-            model, multi_avg_fn=get_ema_multi_avg_fn(args.model_ema_decay)
-        )
     if first:
         optimizer.load_state_dict(checkpoint["optimizer"])
-    if first and ema:
-        ema.module.load_state_dict(checkpoint["model_ema"])
-        ema.n_averaged.fill_(first)
+        if ema:
+            ema.load_state_dict(checkpoint["model_ema"])
 
     start = time.perf_counter()
     for epoch in range(checkpoint["epoch"], args.epochs):
@@ -515,26 +486,27 @@ def train(
             loss.backward()
             optimizer.step()
             if ema:
-                ema.update_parameters(model)
+                update_ema(list(ema.parameters()), list(model.parameters()), None)
             sums += torch.stack(terms)
 
             if step < steps and time.perf_counter() - shown < 0.5:
                 continue
-            # Only here, twice a second, the host waits for the device.
+            # Only here, twice a second, does the host wait for the device.
             train_loss, train_entropy = (sums / step).tolist()
             shown = time.perf_counter()
             speed = step * args.batch_size / (shown - epoch_start)
-            left = (shown - start) / (done - first) * (total - done)
+            left = duration((shown - start) / (done - first) * (total - done))
             if not math.isfinite(train_loss + train_entropy):
                 sys.exit(
-                    f"train.py: error: no finite loss by step {step} of epoch {epoch + 1}: "
-                    f"cross-entropy {train_loss}, spatial entropy {train_entropy}, learning "
-                    f"rate {lr:.3g}; the epochs before are safe in {args.output_dir}"
+                    f"train.py: error: no finite loss by step {step} of epoch "
+                    f"{epoch + 1}: cross-entropy {train_loss}, spatial entropy "
+                    f"{train_entropy}, learning rate {lr:.3g}; the epochs before it "
+                    f"are safe in {args.output_dir}"
                 )
             say(
                 f"epoch {epoch + 1}/{args.epochs} {step / steps:4.0%}  "
                 f"loss {train_loss:.3f}  spatial entropy {train_entropy:.3f}  "
-                f"{speed:.0f} images/s  {duration(left)} left",
+                f"{speed:.0f} images/s  {left} left",
                 stays=False,
             )
 
@@ -552,9 +524,9 @@ def train(
         checkpoint["model"] = model.state_dict()
         checkpoint["optimizer"] = optimizer.state_dict()
         if ema:
-            averaged = evaluate(ema.module, test_loader, normalize, device, args.amp)
+            averaged = evaluate(ema, test_loader, normalize, device, args.amp)
             record["test_acc1_ema"] = averaged["acc1"]
-            checkpoint["model_ema"] = ema.module.state_dict()
+            checkpoint["model_ema"] = ema.state_dict()
         checkpoint["log"].append(record)
         save(Path(args.output_dir), checkpoint)
         say(
@@ -562,79 +534,83 @@ def train(
             f"loss {train_loss:.3f}  spatial entropy {train_entropy:.3f}  |  "
             f"test: top-1 {test['acc1']:.2f} %  loss {test['loss']:.3f}  "
             f"spatial entropy {test['entropy']:.3f}  |  lr {lr:.1e}  "
-            f"lambda {sar_lambda:.4f}  {speed:.0f} images/s  {duration(left)} left"
+            f"lambda {sar_lambda:.4f}  {speed:.0f} images/s  {left} left"
         )
 
 
-def prepare(args: argparse.Namespace, device: torch.device) -> tuple:
-    """Model, loaders and checkpoint for `train`, all checked; nothing is written.
+def save(folder: Path, checkpoint: dict) -> None:
+    """Write checkpoint.pt and log.jsonl, each under another name first, then renamed."""
+    lines = "".join(json.dumps(line) + "\n" for line in checkpoint["log"])
+    torch.save(checkpoint, folder / "checkpoint.pt.partial")
+    (folder / "checkpoint.pt.partial").replace(folder / "checkpoint.pt")
+    (folder / "log.jsonl.partial").write_text(lines)
+    (folder / "log.jsonl.partial").replace(folder / "log.jsonl")
 
-    Raises:
-        OSError, ValueError: one sentence on what is wrong with the settings, data or files.
-    """
-    checkpoint = check_output_dir(args)
-    augment = train_transform(
-        args.dataset,
-        args.img_size,
-        crop=args.crop,
-        rand_augment=args.aa,
-        reprob=args.reprob,
-    )
-    plain = test_transform(args.img_size, crop=args.crop)
-    train_set = load_dataset(args.dataset, args.data_dir, "train", augment)
-    test_set = load_dataset(args.dataset, args.data_dir, "test", plain)
-    classes = list(train_set.classes)
-    if args.train_size:
-        train_set = balanced_subset(train_set, args.train_size, args.seed)
-    options = {"workers": args.workers, "pin_memory": device.type == "cuda"}
-    train_loader = make_loader(train_set, args.batch_size, train=True, **options)
-    test_loader = make_loader(test_set, args.batch_size, train=False, **options)
-    torch.manual_seed(args.seed)
-    model = VisionTransformer(**architecture(args, len(classes)))
-    if checkpoint:
-        model.load_state_dict(checkpoint["model"])
-    elif args.finetune:
-        say(load_weights(model, args.finetune))
-    new = {
-        "epoch": 0,
-        "settings": settings(args),
-        "architecture": architecture(args, len(classes)),
-        "classes": classes,
-        "log": [settings(args) | versions(device)],
-    }
 
-    millions = sum(parameter.numel() for parameter in model.parameters()) / 1e6
-    grid, skip = "x".join(map(str, model.grid)), "kept" if args.last_skip else "removed"
-    say(f"{args.model}: {millions:.2f} M parameters, {grid} patches, last skip {skip}")
-    sizes = f"{len(train_set)} training and {len(test_set)} test images"
-    say(f"{args.dataset}: {sizes}, {len(classes)} classes")
-    say(f"{hardware(device)}, {'bfloat16' if args.amp else 'float32'}")
-    scaled = args.lr * args.batch_size / 512
+def benchmark(args: argparse.Namespace, device: torch.device) -> None:
+    """Time training steps on random images, of the plain ViT and of SAR in turn."""
+    shape = (args.batch_size, 3, args.img_size, args.img_size)
+    images = torch.randn(shape, device=device)
+    target = torch.randint(1000, shape[:1], device=device)
+    kind = "bfloat16" if args.amp else "float32"
     say(
-        f"lr {args.lr:g} * {args.batch_size} / 512 = {scaled:.2g}, lambda {args.sar_lambda:g}"
+        f"{args.model}, images {shape}, {kind}, {hardware(device)}, torch {torch.__version__}"
     )
-    return model, train_loader, test_loader, checkpoint or new
+    contestants = []
+    for sar_lambda in (None, args.sar_lambda):
+        args.last_skip = sar_lambda is None
+        model = VisionTransformer(**architecture(args, classes=1000)).to(device)
+        optimizer = make_optimizer(model, args.weight_decay)
+        model = torch.compile(model) if args.compile else model
+        contestants.append((model, optimizer, sar_lambda, []))
+    for step in range(-BENCHMARK_WARMUP, BENCHMARK_STEPS):
+        for model, optimizer, sar_lambda, seconds in contestants:
+            start = time.perf_counter()
+            loss, *_ = losses(
+                model, images, target, sar_lambda=sar_lambda, amp=args.amp
+            )
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            loss.item()  # waits for the device
+            seconds.append(time.perf_counter() - start)
+        say(f"step {step} of {BENCHMARK_STEPS}", stays=False)
+    plain, sar = (seconds[BENCHMARK_WARMUP:] for *_, seconds in contestants)
+    for name, seconds in (("plain ViT", plain), ("SAR", sar)):
+        second = statistics.median(seconds)
+        say(
+            f"{name:>10}{1e3 * second:10.1f} ms a step{len(images) / second:10.1f} images/s"
+        )
+    ratio = statistics.median(b / a for a, b in zip(plain, sar))
+    say(f"SAR takes {ratio:.3f} of the plain ViT's time (median of {len(plain)} pairs)")
 
 
 def main() -> None:
     parser, args = parse_arguments()
+    checkpoint = None
     try:
         device = resolve(args)
-        with torch.device("meta"):  # the sizes are checked before any data is read
+        with torch.device("meta"):  # sizes are checked before any data is read
             VisionTransformer(**architecture(args, classes=1))
         if args.benchmark:
-            return benchmark(args, device)
+            benchmark(args, device)
+            return
         parts = prepare(args, device)
         Path(args.output_dir).mkdir(parents=True, exist_ok=True)
+        checkpoint = Path(args.output_dir) / "checkpoint.pt"
     except (OSError, ValueError) as error:
         parser.error(str(error))
+    except KeyboardInterrupt:
+        sys.exit(130)
     say(f"writing to {args.output_dir}")
     try:
         train(args, device, *parts)
     except KeyboardInterrupt:
-        say(f"stopped; the same command with --resume continues {args.output_dir}")
+        if checkpoint.exists():
+            say("stopped; the same command with --resume goes on after the last epoch")
+        else:
+            say("stopped in the first epoch; nothing was written")
         sys.exit(130)
-    checkpoint = Path(args.output_dir) / "checkpoint.pt"
     say(f"next: python eval.py --checkpoint {checkpoint} --attention attention.png")
 
 
