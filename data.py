@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: MIT
 """Data sets, augmentation and loaders: image files or arrays in, uint8 batches out.
 
-The table `DATASETS` is the one place that knows a data set. Loaders give (images, labels) with
-images as uint8 (B, 3, H, W): a quarter of the memory traffic of float32. `normalizer` makes them
-float on the device, as the first step of training and evaluation.
+The table `DATASETS` is the one place that knows a data set. Loaders give (images,
+labels) with images as uint8 (B, 3, H, W): a quarter of the memory traffic of float32.
+`normalizer` makes them float on the device, as the first step of training and
+evaluation.
 
-`shapes` is made in the process: solid shapes in random colour, place, size and rotation over
-textured, cluttered backgrounds, the same images in every run, with the object's mask.
+`shapes` is made in the process: solid shapes in random colour, place, size and rotation
+over textured, cluttered backgrounds, the same images in every run, with the object's
+mask.
 """
 
 import contextlib
@@ -29,7 +31,7 @@ IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 
 @dataclass(frozen=True)
 class Source:
-    """What is known of a data set: how it is normalised, where it lies and how to get it."""
+    """What is known of a data set: its statistics, where it lies and how to get it."""
 
     mean: tuple[float, float, float]  # of the channels, on the scale 0 to 1
     std: tuple[float, float, float]
@@ -43,7 +45,8 @@ class Source:
     )  # archive -> what it unpacks to
 
 
-# Name -> source. The CIFARs and folders are normalised like ImageNet, as in the authors' recipe.
+# Name -> source. The CIFARs and folders are normalised like ImageNet, as in the
+# authors' recipe.
 DATASETS = {
     "shapes": Source(mean=(0.283,) * 3, std=(0.225,) * 3),
     "cifar10": Source(
@@ -85,7 +88,7 @@ DATASETS = {
 }
 
 
-# ---------------------------------------------------------------------------------------- shapes
+# ----------------------------------------------------------------------------- shapes
 
 SHAPES_SIZE = 56  # pixels, height and width
 SHAPES_COUNT = {"train": 10_000, "test": 2000}
@@ -103,8 +106,8 @@ def _box(
 
 
 def _star(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    # Fold the plane into one tenth of a turn, where a five-pointed star has a single straight edge
-    # from its tip at radius 1 to its notch at radius 0.4.
+    # Fold the plane into one tenth of a turn, where a five-pointed star has a single
+    # straight edge from its tip at radius 1 to its notch at radius 0.4.
     tenth = math.pi / 5
     angle = (
         torch.atan2(x, -y).remainder(2 * tenth) - tenth
@@ -115,8 +118,8 @@ def _star(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     return (along - 0.4) * tip[1] < across * (tip[0] - 0.4)
 
 
-# Class -> whether the point (x, y) lies in the shape, which fills about the unit disc; y points
-# down. Every class stays itself when it is rotated or flipped.
+# Class -> whether the point (x, y) lies in the shape, which fills about the unit disc;
+# y points down. Every class stays itself when it is rotated or flipped.
 SHAPES: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
     "disc": lambda x, y: x.hypot(y) < 0.85,
     "half disc": lambda x, y: (x.hypot(y + 0.4) < 1) & (y > -0.4),
@@ -134,7 +137,8 @@ class Shapes(Dataset):
 
     Args:
         split: "train" or "test"; each is the same in every run.
-        transform: applied to the image, uint8 (3, SHAPES_SIZE, SHAPES_SIZE), as it is read.
+        transform: applied to the image, uint8 (3, SHAPES_SIZE, SHAPES_SIZE), as it is
+            read.
 
     Attributes:
         images: uint8 (n, 3, SHAPES_SIZE, SHAPES_SIZE).
@@ -170,7 +174,7 @@ class Shapes(Dataset):
 def draw_shapes(
     inside: Callable, count: int, generator: torch.Generator
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Draw one shape `count` times: uint8 (count, 3, S, S) and its masks, bool (count, S, S)."""
+    """Draw one shape n = `count` times: uint8 (n, 3, S, S), and masks, bool (n, S, S)."""
 
     def uniform(low: float, high: float, *shape: int) -> torch.Tensor:
         sample = torch.rand(count, *(shape or (1,)), 1, 1, generator=generator)
@@ -179,7 +183,7 @@ def draw_shapes(
     def frame(
         scale: torch.Tensor, room: float, points: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Coordinates of a `points` x `points` grid as seen from a randomly placed object."""
+        """Coordinates of a points x points grid, seen from a randomly placed object."""
         line = (torch.arange(points) + 0.5) * 2 / points - 1  # the image spans -1 to 1
         angle = uniform(0, 2 * math.pi)
         x = line - uniform(-room, room)  # (count, 1, 1, points)
@@ -205,13 +209,13 @@ def draw_shapes(
     return (image.clamp(0, 1) * 255).round().to(torch.uint8), alpha[:, 0] > 0.5
 
 
-# ------------------------------------------------------------------------------ other data sets
+# -------------------------------------------------------------------- other data sets
 
 
 def load_dataset(
     name: str, data_dir: str, split: str, transform: Callable | None
 ) -> Dataset:
-    """A split of a data set, as (image, label) pairs; downloaded if it is not under data_dir.
+    """A split of a data set, as (image, label) pairs; downloaded if it is not there.
 
     Args:
         name: a key of `DATASETS`.
@@ -220,7 +224,8 @@ def load_dataset(
         transform: applied to each image, a PIL image or uint8 (C, H, W), as it is read.
 
     Returns:
-        A Dataset with the attributes `classes` (names) and `targets` (a label for each image).
+        A Dataset with the attributes `classes` (names) and `targets` (a label for each
+        image).
 
     Raises:
         ValueError: the name is unknown, or the files are not what they should be.
@@ -274,7 +279,8 @@ def _torchvision(
         with contextlib.suppress(RuntimeError):  # not there
             dataset = _unchecked(source.torchvision)(**options)
             print(
-                f"{name}: {data_dir / source.path} is not the original by its checksums; used as is"
+                f"{name}: {data_dir / source.path} does not have the original's "
+                "checksums; used as it is"
             )
             return dataset
     except (
@@ -299,7 +305,7 @@ def _torchvision(
 
 
 def _unchecked(reader: type) -> type:
-    """The reader without its checksums, for miniatures, subsets and relabelled variants."""
+    """The reader without its checksums, for subsets and relabelled variants."""
     if not issubclass(reader, datasets.CIFAR10):
         return reader  # the others check that the files exist, no more
     without = {
@@ -311,7 +317,7 @@ def _unchecked(reader: type) -> type:
 
 
 def balanced_subset(dataset: Dataset, size: int, seed: int) -> Subset:
-    """A random subset in which the classes' counts differ by one at most, where images suffice.
+    """A random subset whose classes differ by one image at most, where images suffice.
 
     Args:
         dataset: with the attribute `targets`.
@@ -328,8 +334,8 @@ def balanced_subset(dataset: Dataset, size: int, seed: int) -> Subset:
         )
     order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
     targets = torch.as_tensor(dataset.targets)[order]
-    # Rank of each image within its class, in random order; then all first images of the classes,
-    # all second ones, and so on.
+    # Rank of each image within its class, in random order; then all first images of the
+    # classes, all second ones, and so on.
     by_class = targets.argsort(stable=True)
     counts = targets.bincount()
     rank = torch.empty_like(order)
@@ -341,21 +347,21 @@ def balanced_subset(dataset: Dataset, size: int, seed: int) -> Subset:
     )
 
 
-# ---------------------------------------------------------------------------- images to batches
+# ------------------------------------------------------------------ images to batches
 
 CROPS = ("resized", "padded", "whole")
 
 
 def default_crop(img_size: int) -> str:
-    """The authors' rule: up to 32 px an image is not enlarged, only padded and shifted."""
+    """The authors' rule: images of up to 32 px are not enlarged, only shifted."""
     return "padded" if img_size <= 32 else "resized"
 
 
 class PixelErasing(v2.RandomErasing):
     """Random erasing with noise (arXiv 1708.04896) on uint8 images.
 
-    The noise is standard normal after normalisation, as in the authors' recipe, but for what is
-    clipped to the range of uint8.
+    The noise is standard normal after normalisation, as in the authors' recipe, but for
+    what is clipped to the range of uint8.
     """
 
     def __init__(
@@ -375,14 +381,16 @@ class PixelErasing(v2.RandomErasing):
 def train_transform(
     name: str, img_size: int, *, crop: str, rand_augment: int, reprob: float
 ) -> v2.Compose:
-    """Augmentation of one image, PIL or uint8 (C, H, W), to uint8 (3, img_size, img_size).
+    """Augmentation: an image, PIL or uint8 (C, H, W), to uint8 (3, img_size, img_size).
 
     Args:
-        name: key of `DATASETS`, for the mean colour that fills what a crop or rotation uncovers.
+        name: key of `DATASETS`, for the mean colour that fills what a crop or rotation
+            uncovers.
         img_size: side in pixels.
-        crop: "resized" takes a random area of 8 to 100 % and resizes it; "padded" shifts
-            the whole image by up to an eighth of its side; "whole" leaves it in place.
-        rand_augment: RandAugment's magnitude on its scale of 10, with 2 operations; 0 is off.
+        crop: "resized" takes a random area of 8 to 100 % and resizes it; "padded"
+            shifts the whole image by up to an eighth of its side; "whole" does not.
+        rand_augment: RandAugment's magnitude on its scale of 10, with 2 operations; 0
+            is off.
         reprob: probability of random erasing.
     """
     source = DATASETS[name]
@@ -408,7 +416,7 @@ def train_transform(
 
 
 def test_transform(img_size: int, *, crop: str) -> v2.Compose:
-    """One image, PIL or uint8 (C, H, W), to uint8 (3, img_size, img_size), without chance.
+    """For testing: PIL or uint8 (C, H, W) to uint8 (3, img_size, img_size), no chance.
 
     Args:
         img_size: side in pixels.
@@ -429,8 +437,9 @@ def make_loader(
 ) -> DataLoader:
     """Batches of images, uint8 (B, 3, H, W), and labels, int64 (B).
 
-    A training loader shuffles, drops the incomplete last batch, and draws its order and its
-    workers' seeds from `loader.generator`, so that seeding that before an epoch fixes the epoch.
+    A training loader shuffles, drops the incomplete last batch, and draws its order and
+    its workers' seeds from `loader.generator`, so that seeding that before an epoch
+    fixes the epoch.
 
     Raises:
         ValueError: a training set smaller than one batch.
@@ -454,7 +463,7 @@ def make_loader(
 def normalizer(
     name: str, device: torch.device
 ) -> Callable[[torch.Tensor], torch.Tensor]:
-    """The first step on the device: uint8 (B, 3, H, W) -> float32, by the data set's statistics."""
+    """The first step on the device: uint8 (B, 3, H, W) -> float32, standardized."""
     source = DATASETS[name]
     mean = 255 * torch.tensor(source.mean, device=device)[:, None, None]
     std = 255 * torch.tensor(source.std, device=device)[:, None, None]

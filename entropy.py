@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Spatial entropy: a loss that makes an attention map cluster into few connected regions.
+"""Spatial entropy: a loss that makes attention cluster into few connected regions.
 
 From Peruzzo et al., "Spatial Entropy as an Inductive Bias for Vision Transformers"
 (arXiv 2206.04636), in the details that the authors' code settles
@@ -23,8 +23,8 @@ Usage, in anyone's training loop:
     loss.backward()
 
 What differs from the authors' code: any grid instead of 14x14; components are found by
-tensor operations where the input lies instead of by a loop of OpenCV calls on the CPU; a
-batch of constant maps gives 0 instead of an exception; a non-finite score gives NaN
+tensor operations where the input lies instead of by a loop of OpenCV calls on the CPU;
+a batch of constant maps gives 0 instead of an exception; a non-finite score gives NaN
 instead of a term that is left out; no 1e-9 is added to A.
 
 This file needs torch alone. To check and time it: python entropy.py [--device cuda]
@@ -35,13 +35,15 @@ import platform
 import statistics
 import sys
 import time
+from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 
 
 def connected_components(mask: torch.Tensor) -> torch.Tensor:
-    """Label the 8-connected components of a batch of masks, exactly, whatever their shape.
+    """Label the 8-connected components of a batch of masks: exactly, any mask, any size.
 
     Args:
         mask: bool (..., H, W), any leading dimensions.
@@ -55,24 +57,24 @@ def connected_components(mask: torch.Tensor) -> torch.Tensor:
         TypeError: mask is not bool.
         ValueError: mask has fewer than two dimensions.
 
-    Method: every pixel starts with 1 + its raster index as label; the pixels with the same
-    label are a class. A round (a) finds for each pixel the largest label in its 3x3
-    neighbourhood, (b) points each class to the largest label its pixels found (hooking: a
-    scatter-max into a table of labels), and (c) follows the pointers to their ends by
-    squaring the table (pointer jumping). Thus a class takes the label of a class that is
-    larger than all classes it touches.
+    Method: every pixel starts with 1 + its raster index as label; the pixels with the
+    same label are a class. A round (a) finds for each pixel the largest label in its
+    3x3 neighbourhood, (b) points each class to the largest label its pixels found
+    (hooking: a scatter-max into a table of labels), and (c) follows the pointers to
+    their ends by squaring the table (pointer jumping). Thus a class takes the label of
+    a class that is larger than all classes it touches.
 
-    Why the rounds of `_rounds` suffice: labels only grow and never leave their component.
-    The labels that survive the first round are those of pixels larger than their
-    neighbours. No two of these touch, so a 2x2 block holds at most one, and a component
-    has at most c = ceil(H / 2) * ceil(W / 2) classes. From then on, two rounds at least
-    halve the classes of an unfinished component. Let r be a label that survives both. If
-    the pointers of another class ended at r in the first round, r now holds two of the old
-    classes or more. If not, each class s that touches r pointed to a label t > r, and ended
-    at t or above; then r touches something larger in the second round and does not survive
-    it, a contradiction. That makes 1 + 2 * floor(log2(c)) rounds, 11 for 14x14. With at
-    most k classes the pointers form chains of at most k - 1 links, which ceil(log2(k - 1))
-    squarings follow to the end.
+    Why the rounds of `_rounds` suffice: labels only grow and never leave their
+    component. The labels that survive the first round are those of pixels larger than
+    their neighbours. No two of these touch, so a 2x2 block holds at most one, and a
+    component has at most c = ceil(H / 2) * ceil(W / 2) classes. From then on, two
+    rounds at least halve the classes of an unfinished component. Let r be a label that
+    survives both. If the pointers of another class ended at r in the first round, r now
+    holds two of the old classes or more. If not, each class s that touches r pointed to
+    a label t > r, and ended at t or above; then r touches something larger in the
+    second round and does not survive it, a contradiction. That makes 1 + 2 *
+    floor(log2(c)) rounds, 11 for 14x14. With at most k classes the pointers form chains
+    of at most k - 1 links, which ceil(log2(k - 1)) squarings follow to the end.
 
     On the CPU the loop ends when a round changes nothing. Elsewhere it runs all rounds,
     because to ask would make the host wait for the device.
@@ -120,13 +122,14 @@ def _largest_neighbour(labels: torch.Tensor) -> torch.Tensor:
 
 
 def threshold_at_mean(similarity: torch.Tensor) -> torch.Tensor:
-    """Equation (2): A = ReLU(S - m). The foreground of the method is `threshold_at_mean(S) > 0`.
+    """Equation (2), A = ReLU(S - m). The foreground is `threshold_at_mean(S) > 0`.
 
     Args:
         similarity: floating point (..., H, W), scores before softmax.
 
     Returns:
-        (..., H, W), float64 for float64 input and float32 for every other; non-negative.
+        (..., H, W), float64 for float64 input and float32 for every other;
+        non-negative.
 
     Raises:
         TypeError: similarity is not floating point.
@@ -140,49 +143,51 @@ def threshold_at_mean(similarity: torch.Tensor) -> torch.Tensor:
         )
     if similarity.dtype != torch.float64:
         similarity = similarity.float()
-    # One of the map's own scores is subtracted first, which cancels in S - m. It makes the
-    # mean of a constant map exact: rounding cannot lift such a map above its own mean.
+    # One of the map's own scores is subtracted first, which cancels in S - m. It makes
+    # the mean of a constant map exact: rounding cannot lift such a map above its own
+    # mean.
     shifted = similarity - similarity[..., :1, :1].detach()
     return F.relu(shifted - shifted.mean((-2, -1), keepdim=True))
 
 
 def spatial_entropy(similarity: torch.Tensor, reduction: str = "mean") -> torch.Tensor:
-    """Spatial entropy of similarity maps, in nats: equations (2) to (6) without the lambda.
+    """Spatial entropy of similarity maps in nats, by equations (2) to (6).
 
     Args:
-        similarity: floating point (..., H, W), scores before softmax, e.g. (B, heads, H, W).
+        similarity: floating point (..., H, W), such as (B, heads, H, W): scores before
+            softmax.
         reduction: "mean" over all maps, or "none".
 
     Returns:
-        A scalar, or (...) with reduction="none"; float64 for float64 input, else float32, also
-        under autocast. 0 for a map of one component and for a constant map, which has none; NaN
-        for a map with a non-finite score. Gradients flow through everything but the labelling, the
-        mean included.
+        A scalar, or (...) with reduction="none"; float64 for float64 input, else
+        float32, also under autocast. 0 for a map of one component and for a constant
+        map, which has none; NaN for a map with a non-finite score. Gradients flow
+        through everything but the labelling, the mean included.
 
     Raises:
         TypeError: similarity is not floating point.
-        ValueError: similarity has fewer than two dimensions, an empty grid, or an unknown
-            reduction.
+        ValueError: similarity has fewer than two dimensions, an empty grid, or an
+            unknown reduction.
     """
     if reduction not in ("mean", "none"):
         raise ValueError(f'reduction must be "mean" or "none", got {reduction!r}')
     activation = threshold_at_mean(similarity)  # (2)
     labels = connected_components(activation.detach() > 0)  # (3)
     labels, activation = labels.flatten(-2), activation.flatten(-2)  # (..., H * W)
-    # (4) The mass of each component, in the slot of its label. Slot 0 takes the background,
-    # which adds 0, or the NaN of a map with a non-finite score.
+    # (4) The mass of each component, in the slot of its label. Slot 0 takes the
+    # background, which adds 0, or the NaN of a map with a non-finite score.
     mass = activation.new_zeros(*activation.shape[:-1], activation.shape[-1] + 1)
     mass = mass.scatter_add(-1, labels, activation)
     total = mass.sum(-1, keepdim=True)
     probability = mass / total.where(total != 0, 1)
-    # (5) as sum P ln(1 / P), so that 0 is not -0; the 1 stands in for 1 / 0 in empty slots.
+    # (5) as sum P ln(1 / P), where 0 has no sign; empty slots take ln 1 for ln(1 / 0).
     surprise = (1 / probability.where(probability > 0, 1)).log()
     entropy = (probability * surprise).sum(-1)
     return entropy.mean() if reduction == "mean" else entropy  # (6)
 
 
 def slow_connected_components(mask: torch.Tensor) -> torch.Tensor:
-    """`connected_components` by flood fill, pixel by pixel: the specification, for tests."""
+    """`connected_components` by flood fill, pixel by pixel; for tests."""
     labels = torch.zeros(mask.shape, dtype=torch.int64)
     *_, height, width = mask.shape
     for one, out in zip(
@@ -202,7 +207,7 @@ def slow_connected_components(mask: torch.Tensor) -> torch.Tensor:
 
 
 def slow_spatial_entropy(similarity: torch.Tensor) -> torch.Tensor:
-    """`spatial_entropy(reduction="none")` map by map, as the equations stand, for tests."""
+    """`spatial_entropy(reduction="none")`, map by map, as the equations stand."""
     *leading, height, width = similarity.shape
     entropies = []
     for S in similarity.reshape(-1, height, width):
@@ -215,70 +220,51 @@ def slow_spatial_entropy(similarity: torch.Tensor) -> torch.Tensor:
 
 def main() -> None:
     """Check the loss against its slow twin, then print a table of timings."""
-    parser = argparse.ArgumentParser(
-        description="Check and time the spatial entropy loss."
-    )
-    parser.add_argument(
-        "--device", default="cpu", help="cpu, cuda or mps (default: %(default)s)"
-    )
+    parser = argparse.ArgumentParser(description="Check and time the spatial entropy.")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda or mps")
     device = torch.device(parser.parse_args().device)
     if device.type == "cuda" and not torch.cuda.is_available():
-        sys.exit(
-            "entropy.py: error: --device cuda was asked for, but PyTorch finds no CUDA device"
-        )
+        sys.exit("entropy.py: error: --device cuda, but PyTorch finds no CUDA device")
 
     torch.manual_seed(0)
-    for height, width in ((1, 1), (1, 9), (5, 7), (14, 14), (31, 17)):
-        similarity = torch.randn(20, 3, height, width).to(device)
-        error = spatial_entropy(similarity, "none").cpu() - slow_spatial_entropy(
-            similarity.cpu()
-        )
-        if not error.abs().max() < 1e-5:
-            sys.exit(
-                f"entropy.py: error: {height}x{width} maps differ from the slow twin: {error}"
-            )
-    print("equal to the slow twin: 300 maps of five grids")
+    grids = ((1, 1), (1, 9), (5, 7), (14, 14), (31, 17))
+    for height, width in grids:
+        similarity = torch.randn(20, 3, height, width)
+        fast = spatial_entropy(similarity.to(device), "none").cpu()
+        error = (fast - slow_spatial_entropy(similarity)).abs().max().item()
+        if not error < 1e-5:
+            sys.exit(f"entropy.py: error: {height}x{width} maps are off by {error}")
+    print(f"equal to the slow twin: {60 * len(grids)} maps of {len(grids)} grids")
 
-    name = (
-        torch.cuda.get_device_name(device)
-        if device.type == "cuda"
-        else platform.processor()
-    )
-    print(
-        f"{device.type} ({name or platform.machine()}), torch {torch.__version__}, ",
-        end="",
-    )
-    print(
-        f"{torch.get_num_threads()} threads; 768 maps (128 images x 6 heads), median of 20"
-    )
-    print(f"{'grid':>8}{'labelling':>14}{'loss':>14}{'loss + gradient':>18}")
+    hardware = platform.processor() or platform.machine()
+    if device.type == "cuda":
+        hardware = torch.cuda.get_device_name(device)
+    print(f"{device} ({hardware}), {torch.get_num_threads()} CPU threads, ", end="")
+    print(f"torch {torch.__version__}; 768 maps (128 images, 6 heads), median of 20")
+    print(f"{'grid':>8}{'labelling':>14}{'loss':>14}{'with gradient':>16}")
     for side in (7, 14, 28, 56):
-        similarity = torch.randn(128, 6, side, side, device=device, requires_grad=True)
-        mask = threshold_at_mean(similarity.detach()) > 0
-        actions = (
-            lambda mask=mask: connected_components(mask),
-            lambda similarity=similarity: spatial_entropy(similarity.detach()),
-            lambda similarity=similarity: spatial_entropy(similarity).backward(),
+        similarity = torch.randn(128, 6, side, side, device=device)
+        mask = threshold_at_mean(similarity) > 0
+        leaf = similarity.clone().requires_grad_()
+        columns = (
+            partial(connected_components, mask),
+            partial(spatial_entropy, similarity),
+            lambda leaf=leaf: spatial_entropy(leaf).backward(),
         )
-        row = [
-            statistics.median(_seconds(action, device) for _ in range(20))
-            for action in actions
-        ]
-        print(
-            "{:>8}{:>11.2f} ms{:>11.2f} ms{:>15.2f} ms".format(
-                f"{side}x{side}", *[t * 1e3 for t in row]
-            )
-        )
+        row = [f"{1e3 * _seconds(column, device):11.2f} ms" for column in columns]
+        print(f"{side:>5}x{side:<2}{row[0]}{row[1]}{row[2]:>16}")
 
 
-def _seconds(action, device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    start = time.perf_counter()
-    action()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - start
+def _seconds(function: Callable, device: torch.device, repeats: int = 20) -> float:
+    """Median time of a call, after one that is not counted."""
+    seconds = []
+    for _ in range(repeats + 1):
+        start = time.perf_counter()
+        function()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds[1:])
 
 
 if __name__ == "__main__":

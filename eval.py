@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Evaluate a run of train.py: accuracy, spatial entropy, and a picture of the attention.
+"""Evaluate a run of train.py: accuracy, spatial entropy, a picture of the attention.
 
 python eval.py                                  # the newest run under runs/
 python eval.py --attention attention.png        # and draw its attention
@@ -55,7 +55,8 @@ def choose_device(name: str | None) -> torch.device:
     """The device asked for, or the best there is when none is: CUDA, MPS, CPU.
 
     Raises:
-        ValueError: the device is unknown, or this machine or build of PyTorch does not have it.
+        ValueError: the device is unknown, or this machine or build of PyTorch does not
+            have it.
     """
     available = {
         "cuda": torch.cuda.is_available(),
@@ -72,7 +73,7 @@ def choose_device(name: str | None) -> torch.device:
         ) from error
     if not available.get(device.type, False):
         raise ValueError(
-            f"device {name} was asked for, but PyTorch {torch.__version__} finds none here; "
+            f"device {name} was asked for, but PyTorch {torch.__version__} finds none; "
             "--device cpu works everywhere"
         )
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
@@ -100,12 +101,12 @@ def evaluate(
         amp: whether to run in bfloat16 autocast.
 
     Returns:
-        Plain numbers: images; loss (cross-entropy); acc1, acc5 (percent); entropy (nats) and
-        components, means over images and heads; entropy_per_head, components_per_head, lists.
+        Plain numbers: images; loss (cross-entropy); acc1, acc5 (percent); entropy
+        (nats) and components, means over images and heads; entropy_per_head,
+        components_per_head, lists.
     """
     model.eval()
-    images_seen = 0
-    totals: torch.Tensor | None = None
+    images_seen, totals = 0, []  # totals of each batch, on the device until the end
     for images, labels in loader:
         images = normalize(images.to(device, non_blocking=True))
         labels = labels.to(device, non_blocking=True)
@@ -113,24 +114,20 @@ def evaluate(
             logits, similarity = model(images)
         logits = logits.float()
         best = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]  # (B, 5)
-        rows = torch.stack(
-            (
-                F.cross_entropy(logits, labels, reduction="sum").double(),
-                best[:, 0].sum(),
-                best.sum(),
-                *spatial_entropy(similarity, "none").sum(0),
-                *count_components(similarity).sum(0),
-            )
-        )
-        totals = rows if totals is None else totals + rows
+        cross_entropy = F.cross_entropy(logits, labels, reduction="sum")
+        entropy = spatial_entropy(similarity, "none").sum(0)  # (heads,)
+        components = count_components(similarity).sum(0)  # (heads,)
+        counts = (cross_entropy, best[:, 0].sum(), best.sum(), *entropy, *components)
+        totals.append(torch.stack([count.float() for count in counts]))
         images_seen += len(images)
-    loss, acc1, acc5, *heads = (totals / images_seen).tolist()
+    loss, top1, top5, *heads = torch.stack(totals).cpu().double().sum(0).tolist()
+    heads = [total / images_seen for total in heads]
     entropy, components = heads[: len(heads) // 2], heads[len(heads) // 2 :]
     return {
         "images": images_seen,
-        "loss": loss,
-        "acc1": 100 * acc1,
-        "acc5": 100 * acc5,
+        "loss": loss / images_seen,
+        "acc1": 100 * top1 / images_seen,
+        "acc5": 100 * top5 / images_seen,
         "entropy": sum(entropy) / len(entropy),
         "components": sum(components) / len(components),
         "entropy_per_head": entropy,
@@ -167,15 +164,16 @@ def load_run(path: str | os.PathLike) -> tuple[VisionTransformer, dict]:
     return model, checkpoint
 
 
-# --------------------------------------------------------------------------------- the picture
+# ------------------------------------------------------------------------ the picture
 
 TILE = 120  # pixels, the longer side of a tile
 CAPTION = 26  # pixels, the height of a line of text
 GAP = 6  # pixels between tiles
-# Viridis: dark is little attention, bright is much; even in lightness, so safe in grey and for
-# colour-blind readers.
+# Viridis: dark is little attention, bright is much; even in lightness, so safe in grey
+# and for colour-blind readers.
 HEAT = ((68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231, 37))
-# Okabe and Ito's colours, which colour-blind readers tell apart; the heaviest component comes first.
+# Okabe and Ito's colours, which colour-blind readers tell apart; the heaviest component
+# comes first.
 PALETTE = [
     (230, 159, 0),
     (86, 180, 233),
@@ -218,9 +216,9 @@ def draw_attention(
         captions: n texts, written below the images.
 
     Returns:
-        uint8 (3, height, width) of the picture. Attention is the softmax over the patches, each
-        head on a scale of its own up to its maximum; below each head's components stands the
-        spatial entropy of its map in nats.
+        uint8 (3, height, width) of the picture. Attention is the softmax over the
+        patches, each head on a scale of its own up to its maximum; below each head's
+        components stands the spatial entropy of its map in nats.
     """
     count, heads = similarity.shape[:2]
     scale = TILE / max(images.shape[-2:])
@@ -283,7 +281,7 @@ def draw_attention(
 
 
 def pick_images(dataset: Dataset, count: int) -> list[int]:
-    """Indices of the first image of each class, and of every second one and so on, up to count."""
+    """Indices of `count` images, of as many classes as there are."""
     return balanced_subset(dataset, min(count, len(dataset)), seed=0).indices
 
 
@@ -345,7 +343,7 @@ def main() -> None:
         picture = Path(args.attention) if args.attention else None
         if picture and (picture.suffix != ".png" or not picture.parent.is_dir()):
             raise ValueError(
-                f"--attention must be a .png file in a folder that exists, got {picture}"
+                f"--attention takes a .png file in a folder that exists, not {picture}"
             )
         path = Path(args.checkpoint) if args.checkpoint else newest_checkpoint()
         model, checkpoint = load_run(path)
@@ -372,18 +370,14 @@ def main() -> None:
 
     amp = settings["amp"] and device.type == "cuda"
     kind = "bfloat16" if amp else "float32"
-    print(
-        f"{path}: {settings['model']} after {checkpoint['epoch']} of {settings['epochs']} epochs"
-    )
+    epochs = f"{checkpoint['epoch']} of {settings['epochs']} epochs"
+    print(f"{path}: {settings['model']} after {epochs}")
     print(f"{name}, test split, on {device} in {kind}")
     model.to(device)
     normalize = normalizer(name, device)
     result = evaluate(model, loader, normalize, device, amp)
-    print(
-        "images {images}   top-1 {acc1:.2f} %   top-5 {acc5:.2f} %   loss {loss:.4f}".format(
-            **result
-        )
-    )
+    line = "{images} images   top-1 {acc1:.2f} %   top-5 {acc5:.2f} %   loss {loss:.4f}"
+    print(line.format(**result))
     heads = len(result["entropy_per_head"])
     print(
         " " * 24

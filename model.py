@@ -1,22 +1,26 @@
 # SPDX-License-Identifier: MIT
-"""Vision Transformer that returns the similarity map of its last block beside the logits.
+"""Vision Transformer: images -> logits, and the similarity map of the last block.
 
-Dosovitskiy et al., "An Image is Worth 16x16 Words" (arXiv 2010.11929), in the shape of DeiT (arXiv
-2012.12877), with two things that SAR (Peruzzo et al., arXiv 2206.04636) needs in the last block:
+Dosovitskiy et al., "An Image is Worth 16x16 Words" (arXiv 2010.11929), in the shape of
+DeiT (arXiv 2012.12877), with two things that SAR (Peruzzo et al., arXiv 2206.04636)
+needs in the last block:
 
-- The similarity map: the scores of the CLS query against the patch keys, before softmax.
-- Optionally no skip connection around the attention (`last_skip=False`), and with it no drop-path
-  there and no second LayerNorm, as in the authors' code; the MLP keeps its skip.
+- the similarity map: the scores of the CLS query against the patch keys before softmax;
+- on demand (`last_skip=False`) no skip connection around the attention, and with it no
+  drop-path there and no second LayerNorm; the MLP keeps its skip.
 
-Only the CLS token of the last block reaches the classifier, so that block computes its query,
-attention, projection and MLP for the CLS token alone, from the keys and values of all tokens. The
-logits are those of the full block; a step costs about half a block less than that of a plain ViT.
+Only the CLS token of the last block reaches the classifier, so that block computes its
+query, attention, projection and MLP for the CLS token alone, from the keys and values
+of all tokens. The logits are those of the full block; a step costs about half a block
+less than that of a plain ViT.
 
-Parameter names are those of timm, DeiT and DINO, so their state dicts load here and the reverse.
+Parameter names are those of timm, DeiT and DINO, so their state dicts load here and the
+reverse.
 
 Letters in the shape comments:
-    B images    C channels    H, W patches along height and width    h heads    d = D / h
-    N tokens: 1 + H * W with pool="cls", H * W with pool="mean"      D embedding dimension
+    B images      C channels     H, W patches along height and width
+    D embedding   h heads        d = D / h
+    N tokens: 1 + H * W with pool="cls", H * W with pool="mean"
 """
 
 import math
@@ -30,8 +34,8 @@ import torch.nn.functional as F
 from torch import nn
 from torchvision.ops import stochastic_depth
 
-# Preset name -> the keyword arguments of VisionTransformer that make it. The first is this
-# project's own, for a training run on a CPU in minutes; the others are DeiT's.
+# Preset name -> the keyword arguments of VisionTransformer that make it. The first is
+# this project's own, for a training run on a CPU in minutes; the others are DeiT's.
 MODELS = {
     "vit_mini": {"embed_dim": 96, "depth": 4, "num_heads": 3, "init_std": 0.08},
     "vit_tiny": {"embed_dim": 192, "depth": 12, "num_heads": 3},
@@ -94,7 +98,7 @@ class Attention(nn.Module):
     def all_tokens(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """`forward`, and the mean over the queries of the scores before softmax.
 
-        The mean of the rows <q_i, k> is the row <mean of q_i, k>, so no N x N matrix is made.
+        The mean of the rows <q_i, k> is <mean of q_i, k>: no N x N matrix is made.
 
         Returns:
             (B, N, D), and the mean scores against all keys, (B, h, 1, N).
@@ -137,9 +141,9 @@ class Block(nn.Module):
 class LastBlock(Block):
     """The last block: (B, N, D) -> tokens that are pooled, and scores before softmax.
 
-    With pool="cls" the tokens are (B, 1, D), the CLS token alone; with pool="mean" all, (B, N, D).
-    The scores are (B, h, 1, N). `last_skip=False` is the authors' change: no skip connection and
-    no drop-path around the attention, no second LayerNorm.
+    With pool="cls" the tokens are (B, 1, D), the CLS token alone; with pool="mean" all,
+    (B, N, D). The scores are (B, h, 1, N). `last_skip=False` is the authors' change: no
+    skip connection and no drop-path around the attention, no second LayerNorm.
     """
 
     def __init__(
@@ -167,7 +171,7 @@ class LastBlock(Block):
 
 
 class PatchEmbed(nn.Module):
-    """Cut an image into patches and embed them: (B, C, H * patch, W * patch) -> (B, H * W, D)."""
+    """Embed the patches: (B, C, H * patch_size, W * patch_size) -> (B, H * W, D)."""
 
     def __init__(self, in_chans: int, dim: int, patch_size: int) -> None:
         super().__init__()
@@ -188,16 +192,18 @@ class VisionTransformer(nn.Module):
         embed_dim, depth, num_heads: D, number of blocks, h; `MODELS` has presets.
         mlp_ratio: hidden dimension of the MLPs over embed_dim.
         qkv_bias: whether the query, key and value projection has a bias.
-        drop_path: stochastic depth, rising linearly from 0 in the first block to this in the last.
-        last_skip: False removes the skip connection around the last attention, as SAR does.
+        drop_path: stochastic depth, rising linearly from 0 in the first block to this
+            in the last.
+        last_skip: whether the last attention has a skip connection; not so in SAR.
         pool: "cls" classifies the CLS token. "mean" has no CLS token and classifies the
             mean of the patch tokens; its map is the mean of the patch queries' maps.
-        init_std: of the linear layers' initial weights. DeiT's 0.02 is for widths of some
-            hundreds; a ViT of width 96 learns several times faster from 0.08.
+        init_std: of the linear layers' initial weights. DeiT's 0.02 is for widths of
+            some hundreds; a ViT of width 96 learns several times faster from 0.08.
 
     Raises:
-        ValueError: an image size that patch_size does not divide, an embed_dim that num_heads does
-            not divide, an unknown pool, or a number that is out of range.
+        ValueError: an image size that patch_size does not divide, an embed_dim that
+            num_heads does not divide, an unknown pool, or a number that is out of
+            range.
     """
 
     def __init__(
@@ -227,7 +233,8 @@ class VisionTransformer(nn.Module):
                 raise ValueError(f"{name} must be at least 1, got {number}")
         if height % patch_size or width % patch_size:
             raise ValueError(
-                f"patch size {patch_size} does not divide the image size {height}x{width}"
+                f"patch size {patch_size} does not divide the image size "
+                f"{height}x{width}"
             )
         if embed_dim % num_heads:
             raise ValueError(
@@ -269,7 +276,7 @@ class VisionTransformer(nn.Module):
     def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(B, C, height, width) -> logits (B, classes), similarity (B, h, H, W).
 
-        The similarity is S of the method: scores of the last block before softmax, one map a head.
+        The similarity is the paper's: scores of the last block before softmax.
 
         Raises:
             ValueError: the images do not have the size the model was made for.
@@ -301,7 +308,8 @@ def read_checkpoint(path: str | os.PathLike) -> Mapping:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is damaged, is no checkpoint, or holds a pickle that wants to execute code.
+        ValueError: it is damaged, is no checkpoint, or holds a pickle that wants to
+            execute code.
     """
     if not os.path.isfile(path):
         raise FileNotFoundError(f"no checkpoint at {path}")
@@ -323,16 +331,17 @@ def read_checkpoint(path: str | os.PathLike) -> Mapping:
 def load_weights(model: VisionTransformer, weights: str | os.PathLike | Mapping) -> str:
     """Start a model from a checkpoint of this project, timm, DeiT or DINO.
 
-    Unwraps "model", "state_dict" or "teacher", strips "module.", "backbone." and "_orig_mod.",
-    resizes the position embedding to the model's grid (bicubic), and leaves the head at its
-    initial values where the number of classes differs or the file has none.
+    Unwraps "model", "state_dict" or "teacher", strips "module.", "backbone." and
+    "_orig_mod.", resizes the position embedding to the model's grid (bicubic), and
+    leaves the head at its initial values where the number of classes differs or the
+    file has none.
 
     Args:
         model: changed in place, and only if everything fits.
         weights: a file, or a state dict.
 
     Returns:
-        One sentence that says what was loaded, resized, left at its initial values and ignored.
+        One sentence: what was loaded, resized, left at its initial values, left out.
 
     Raises:
         FileNotFoundError: there is no such file.

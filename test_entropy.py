@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """What must hold: python -m pytest
 
-The first part is the specification of entropy.py and needs that file and PyTorch alone, so
-the two can be copied together. The rest is about this project's other files.
+The first part is the specification of entropy.py and needs that file and PyTorch alone,
+so the two can be copied together. The rest is about this project's other files.
 """
 
 import argparse
@@ -48,7 +48,7 @@ def mask_of(text: str) -> torch.Tensor:
 
 
 def serpentine(height: int, width: int) -> torch.Tensor:
-    """Full rows, joined at alternating ends: one component, as long as the grid allows."""
+    """Full rows, joined at alternating ends: one long component."""
     mask = torch.zeros(height, width, dtype=torch.bool)
     mask[::2] = True
     mask[1::4, -1] = True
@@ -57,7 +57,7 @@ def serpentine(height: int, width: int) -> torch.Tensor:
 
 
 def spiral(side: int) -> torch.Tensor:
-    """A path one pixel wide that winds inwards, with gaps of one pixel: one component."""
+    """A path that winds inwards, with gaps of one pixel: one component."""
     mask = torch.zeros(side, side, dtype=torch.bool)
     mask[0, 0] = True
     y, x, dy, dx = 0, 0, 0, 1
@@ -139,7 +139,8 @@ def test_every_mask_of_a_small_grid(height: int, width: int) -> None:
     y, x = torch.arange(pixels) // width, torch.arange(pixels) % width
     touch = ((y[:, None] - y).abs() <= 1) & ((x[:, None] - x).abs() <= 1)
     for mask, label in zip(masks.split(8192), labels.split(8192)):
-        # Which pixels reach which: adjacency, squared until paths of any length are in it.
+        # Which pixels reach which: adjacency, squared until paths of any length are in
+        # it.
         reach = (touch & mask[:, :, None] & mask[:, None, :]).float()
         for _ in range(pixels.bit_length()):
             reach = (reach @ reach > 0).float()
@@ -169,7 +170,7 @@ def test_labelling_takes_any_layout() -> None:
 
 
 def test_without_early_exit(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The fixed number of rounds that other devices run suffices, for the worst masks we know."""
+    """The rounds that other devices run suffice, for the worst masks we know."""
     masks = [mask for mask, _ in MASKS.values()]
     masks += list(
         torch.rand(50, 30, 30, generator=torch.Generator().manual_seed(0)) < 0.41
@@ -215,11 +216,7 @@ def test_equal_blobs(blobs: int) -> None:
     similarity = torch.zeros(4, 3 * blobs)
     similarity[1:3, ::3] = 1.0
     entropy = spatial_entropy(similarity).item()
-    assert (
-        entropy == 0.0
-        if blobs == 1
-        else math.isclose(entropy, math.log(blobs), rel_tol=1e-6)
-    )
+    assert math.isclose(entropy, math.log(blobs), rel_tol=1e-6)  # one blob: exactly 0
 
 
 def test_unequal_blobs() -> None:
@@ -238,9 +235,7 @@ def test_threshold_is_the_mean_and_strict() -> None:
 def test_gradient() -> None:
     similarity = random_maps(2, 2, 4, 5, dtype=torch.float64)
     distance = similarity - similarity.mean((-2, -1), keepdim=True)
-    assert (
-        distance.abs().min() > 1e-3
-    )  # so that gradcheck's steps do not cross the threshold
+    assert distance.abs().min() > 1e-3  # gradcheck's steps do not cross the threshold
     similarity.requires_grad_()
     assert torch.autograd.gradcheck(spatial_entropy, similarity)
     assert torch.autograd.gradcheck(lambda s: spatial_entropy(s, "none"), similarity)
@@ -331,7 +326,7 @@ needs_project = pytest.mark.skipif(not PROJECT, reason="entropy.py was copied al
 
 
 def small_model(**options):
-    """3x5 patches, 2 heads, 3 blocks; weights larger than at the start, so all matter."""
+    """3x5 patches, 2 heads, 3 blocks; the weights are large, so that all matter."""
     sizes = {"img_size": (24, 40), "patch_size": 8, "num_classes": 5}
     sizes |= {"embed_dim": 32, "depth": 3, "num_heads": 2}
     torch.manual_seed(0)
@@ -342,7 +337,7 @@ def small_model(**options):
 
 
 def last_block(model, images: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """Tokens that enter the last block, (B, N, D), and their q, k, v, each (B, h, N, d)."""
+    """Tokens that enter the last block, (B, N, D), and q, k, v, each (B, h, N, d)."""
     seen, block = [], model.blocks[-1]
     hook = block.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
     model(images)
@@ -550,7 +545,7 @@ def test_balanced_subset() -> None:
 
 
 def write_cifar100(folder: Path, archive: bool = False) -> None:
-    """A miniature in the layout of cifar-100-python.tar.gz: 8 training, 8 test images."""
+    """A miniature in the layout of the original: 8 training and 8 test images."""
     inside = folder / "cifar-100-python"
     inside.mkdir(parents=True)
     pixels = torch.randint(256, (8, 3 * 32 * 32), dtype=torch.uint8).numpy()
@@ -565,7 +560,7 @@ def write_cifar100(folder: Path, archive: bool = False) -> None:
 
 
 def write_fashion_mnist(folder: Path) -> None:
-    """A miniature in the layout of Debian's dataset-fashion-mnist: gzipped idx files."""
+    """A miniature in the layout of the original: gzipped idx files."""
     raw = folder / "FashionMNIST" / "raw"
     raw.mkdir(parents=True)
 
@@ -753,7 +748,7 @@ def test_a_resumed_run_is_the_same_run(tmp_path, monkeypatch) -> None:
 
 @needs_project
 def test_the_papers_protocol(tmp_path, monkeypatch) -> None:
-    """`python train.py --dataset cifar100 --sar-lambda 0.01` on a miniature, one step."""
+    """`train.py --dataset cifar100 --sar-lambda 0.01` on a miniature, one step."""
     write_cifar100(tmp_path / "data", archive=True)
     command = "train --dataset cifar100 --sar-lambda 0.01 --device cpu --epochs 1"
     command += f" --batch-size 8 --data-dir {tmp_path}/data --output-dir {tmp_path}/run"
@@ -788,12 +783,12 @@ BAD_INPUT = {
     "train --epochs 0": "--epochs",
     "train --sar-lambda -1": "--sar-lambda",
     "train --output-dir used": "used already holds a run",
-    "train --output-dir new --resume": "no run to resume at new",
+    "train --output-dir new --resume": "no run to resume in new",
     "train --output-dir used --resume": "used/checkpoint.pt is damaged",
     "train --finetune none.pt": "no checkpoint at none.pt",
     "train --train-size 100000": "100000 images",
     "train --device tpu": "tpu",
-    "train --dataset cifar100 --sar-lambda 0.01 --device cuda": "device cuda was asked for",
+    "train --dataset cifar100 --device cuda": "device cuda was asked for",
     "eval": "no checkpoint at runs/*/checkpoint.pt",
     "eval --checkpoint none.pt": "no checkpoint at none.pt",
     "eval --checkpoint used/checkpoint.pt": "used/checkpoint.pt is damaged",
@@ -804,7 +799,7 @@ BAD_INPUT = {
 @needs_project
 @pytest.mark.parametrize("command", BAD_INPUT)
 def test_bad_input(command: str, tmp_path, monkeypatch, capsys) -> None:
-    """One sentence on standard error, an exit code that is not 0, and nothing written."""
+    """One sentence on standard error, exit code not 0, and nothing written."""
     used = tmp_path / "used" / "checkpoint.pt"
     used.parent.mkdir()
     used.write_bytes(b"a run")

@@ -7,9 +7,9 @@
     python train.py --resume                       # continue the run in --output-dir
     python train.py --benchmark --batch-size 4     # time steps of both
 
-A run lies in its --output-dir: checkpoint.pt, written after every epoch, and log.jsonl, a
-line of settings, then a line for each epoch. The defaults below are those of the data set
-that is named: the paper's protocol, and for shapes something smaller.
+A run lies in its --output-dir: checkpoint.pt, written after every epoch, and log.jsonl,
+a line of settings, then a line for each epoch. The defaults below are those of the data
+set that is named: the paper's protocol, and for shapes something smaller.
 """
 
 import argparse
@@ -70,7 +70,7 @@ RECIPE = {
     "model_ema": True,
     "model_ema_decay": 0.99996,
 }
-# Where a data set differs. Shapes is a demonstration, for two CPU cores and two minutes.
+# Where a data set differs. Shapes is a demonstration: two CPU cores, two minutes.
 RECIPES = {name: RECIPE for name in DATASETS} | {
     "shapes": RECIPE
     | {
@@ -145,13 +145,14 @@ def losses(
         model: images -> (logits, similarity).
         images: float (B, 3, H, W).
         target: class indices, int64 (B), or probabilities, float (B, classes).
-        sar_lambda: weight of the spatial entropy. None trains the plain ViT: the entropy is then
-            measured without a gradient.
+        sar_lambda: weight of the spatial entropy. None trains the plain ViT: the
+            entropy is then measured without a gradient.
         smoothing: label smoothing.
         amp: whether to run the model in bfloat16 autocast.
 
     Returns:
-        loss, with a gradient; cross-entropy and spatial entropy, for the log; all scalars.
+        loss, with a gradient; cross-entropy and spatial entropy, for the log; all
+        scalars.
     """
     with torch.autocast(images.device.type, torch.bfloat16, enabled=amp):
         logits, similarity = model(images)
@@ -181,13 +182,13 @@ def make_optimizer(model: torch.nn.Module, weight_decay: float) -> torch.optim.A
 
 
 def make_mix(mixup: float, cutmix: float, classes: int) -> Callable:
-    """Mixup or cutmix of a batch, at even odds if both are on: (images, labels) -> the same."""
+    """(images, labels) -> the same, mixed by mixup or cutmix, at even odds if both."""
     mixes = [v2.MixUp(alpha=mixup, num_classes=classes)] if mixup else []
     mixes += [v2.CutMix(alpha=cutmix, num_classes=classes)] if cutmix else []
     return v2.RandomChoice(mixes) if mixes else lambda *batch: batch
 
 
-# -------------------------------------------------------------------------------- command line
+# ----------------------------------------------------------------------- command line
 
 
 def randaugment(text: str) -> int:
@@ -290,7 +291,8 @@ def parse_arguments() -> tuple[Parser, argparse.Namespace]:
     first.add_argument("--dataset", default="shapes")
     first.add_argument("--benchmark", action="store_true")
     known, _ = first.parse_known_args()
-    # A benchmark is of the paper's model; an unknown data set is for the full parser to refuse.
+    # A benchmark is of the paper's model; an unknown data set is for the full parser to
+    # refuse.
     recipe = RECIPE if known.benchmark else RECIPES.get(known.dataset, RECIPE)
     parser = make_parser(recipe)
     return parser, parser.parse_args()
@@ -300,7 +302,7 @@ def parse_arguments() -> tuple[Parser, argparse.Namespace]:
 
 
 def say(text: str, stays: bool = True) -> None:
-    """Print a line; one that does not stay is shown on terminals alone, and overwritten."""
+    """Print a line; one that does not stay is for terminals, and is overwritten."""
     if not sys.stdout.isatty():
         if stays:
             print(text, flush=True)
@@ -338,7 +340,7 @@ def resolve(args: argparse.Namespace) -> torch.device:
 
 
 def settings(args: argparse.Namespace) -> dict:
-    """What the run is, in plain values, without what was asked of this process alone."""
+    """What the run is, in plain values; not what was asked of this process alone."""
     asked = {"resume", "benchmark"}
     return {name: value for name, value in vars(args).items() if name not in asked}
 
@@ -530,16 +532,15 @@ def train(
         checkpoint["log"].append(record)
         save(Path(args.output_dir), checkpoint)
         say(
-            f"epoch {epoch + 1}/{args.epochs}  "
-            f"loss {train_loss:.3f}  spatial entropy {train_entropy:.3f}  |  "
-            f"test: top-1 {test['acc1']:.2f} %  loss {test['loss']:.3f}  "
-            f"spatial entropy {test['entropy']:.3f}  |  lr {lr:.1e}  "
-            f"lambda {sar_lambda:.4f}  {speed:.0f} images/s  {left} left"
+            f"epoch {epoch + 1}/{args.epochs}  loss {train_loss:.3f}  "
+            f"spatial entropy {train_entropy:.3f} | test accuracy {test['acc1']:.2f} %  "
+            f"loss {test['loss']:.3f}  spatial entropy {test['entropy']:.3f} | "
+            f"lr {lr:.1e}  lambda {sar_lambda:.4f}  {speed:.0f} images/s  {left} left"
         )
 
 
 def save(folder: Path, checkpoint: dict) -> None:
-    """Write checkpoint.pt and log.jsonl, each under another name first, then renamed."""
+    """Write checkpoint.pt and log.jsonl, each whole, under another name, then rename."""
     lines = "".join(json.dumps(line) + "\n" for line in checkpoint["log"])
     torch.save(checkpoint, folder / "checkpoint.pt.partial")
     (folder / "checkpoint.pt.partial").replace(folder / "checkpoint.pt")
@@ -553,9 +554,8 @@ def benchmark(args: argparse.Namespace, device: torch.device) -> None:
     images = torch.randn(shape, device=device)
     target = torch.randint(1000, shape[:1], device=device)
     kind = "bfloat16" if args.amp else "float32"
-    say(
-        f"{args.model}, images {shape}, {kind}, {hardware(device)}, torch {torch.__version__}"
-    )
+    say(f"{args.model}, images {shape}, {kind}")
+    say(f"{hardware(device)}, torch {torch.__version__}")
     contestants = []
     for sar_lambda in (None, args.sar_lambda):
         args.last_skip = sar_lambda is None
