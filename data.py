@@ -94,24 +94,15 @@ SHAPES_SIZE = 56  # pixels, height and width
 SHAPES_COUNT = {"train": 10_000, "test": 2000}
 
 
-def _box(
-    x: torch.Tensor,
-    y: torch.Tensor,
-    left: float,
-    top: float,
-    right: float,
-    bottom: float,
-):
-    return (x > left) & (x < right) & (y > top) & (y < bottom)
+def _bar(x: torch.Tensor, y: torch.Tensor, width: float, height: float) -> torch.Tensor:
+    return (x.abs() < width / 2) & (y.abs() < height / 2)
 
 
 def _star(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     # Fold the plane into one tenth of a turn, where a five-pointed star has a single
     # straight edge from its tip at radius 1 to its notch at radius 0.4.
     tenth = math.pi / 5
-    angle = (
-        torch.atan2(x, -y).remainder(2 * tenth) - tenth
-    ).abs()  # 0 notch, tenth tip
+    angle = (torch.atan2(x, -y).remainder(2 * tenth) - tenth).abs()  # 0 at the notch
     radius = x.hypot(y)
     along, across = radius * angle.cos(), radius * angle.sin()
     tip = (math.cos(tenth), math.sin(tenth))
@@ -125,9 +116,9 @@ SHAPES: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
     "half disc": lambda x, y: (x.hypot(y + 0.4) < 1) & (y > -0.4),
     "crescent": lambda x, y: (x.hypot(y) < 1) & ((x - 0.5).hypot(y) > 0.8),
     "triangle": lambda x, y: (y < 0.5) & (3**0.5 * x.abs() - y < 1),
-    "square": lambda x, y: _box(x, y, -0.75, -0.75, 0.75, 0.75),
-    "bar": lambda x, y: _box(x, y, -1, -0.3, 1, 0.3),
-    "cross": lambda x, y: _box(x, y, -1, -0.3, 1, 0.3) | _box(x, y, -0.3, -1, 0.3, 1),
+    "square": lambda x, y: _bar(x, y, 1.5, 1.5),
+    "bar": lambda x, y: _bar(x, y, 2, 0.6),
+    "cross": lambda x, y: _bar(x, y, 2, 0.6) | _bar(x, y, 0.6, 2),
     "star": _star,
 }
 
@@ -157,9 +148,8 @@ class Shapes(Dataset):
         self.masks = torch.empty(count, SHAPES_SIZE, SHAPES_SIZE, dtype=torch.bool)
         for number, inside in enumerate(SHAPES.values()):
             rows = (self.targets == number).nonzero().flatten()
-            self.images[rows], self.masks[rows] = draw_shapes(
-                inside, len(rows), generator
-            )
+            drawn = draw_shapes(inside, len(rows), generator)
+            self.images[rows], self.masks[rows] = drawn
 
     def __len__(self) -> int:
         return len(self.targets)
@@ -199,12 +189,10 @@ def draw_shapes(
         image = image + uniform(-0.12, 0.12, 3) * x.sin()
     for _ in range(6):  # clutter: small bars of any colour
         x, y = frame(uniform(0.05, 0.16), 1, size)
-        image = torch.where(_box(x, y, -1.2, -0.5, 1.2, 0.5), uniform(0, 1, 3), image)
+        image = torch.where(_bar(x, y, 2.4, 1), uniform(0, 1, 3), image)
     x, y = frame(uniform(0.45, 0.7), 0.3, 2 * size)
-    alpha = F.avg_pool2d(
-        inside(x, y).float(), 2
-    )  # from twice the size, for smooth edges
-    image = image.lerp(colour + uniform(0.3, 0.7, 3), alpha)
+    alpha = F.avg_pool2d(inside(x, y).float(), 2)  # drawn at twice the size, smooth
+    image = image.lerp(colour + uniform(0.3, 0.7, 3), alpha)  # brighter than behind it
     image = image + 0.04 * torch.randn(image.shape, generator=generator)
     return (image.clamp(0, 1) * 255).round().to(torch.uint8), alpha[:, 0] > 0.5
 

@@ -10,6 +10,7 @@ import argparse
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 import torch.nn.functional as F
@@ -47,7 +48,7 @@ class Parser(argparse.ArgumentParser):
             description=description, formatter_class=Formatter, allow_abbrev=False
         )
 
-    def error(self, message: str) -> None:
+    def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {message}\n")
 
 
@@ -368,7 +369,8 @@ def main() -> None:
     except (OSError, ValueError) as error:
         parser.error(str(error))
 
-    amp = settings["amp"] and device.type == "cuda"
+    # As in the run, if it was on such a device.
+    amp = settings["amp"] and device.type == torch.device(settings["device"]).type
     kind = "bfloat16" if amp else "float32"
     epochs = f"{checkpoint['epoch']} of {settings['epochs']} epochs"
     print(f"{path}: {settings['model']} after {epochs}")

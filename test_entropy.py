@@ -16,8 +16,11 @@ import shutil
 import subprocess
 import sys
 import tarfile
+import urllib.error
+import urllib.request
 from functools import partial
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 import torch
@@ -796,6 +799,10 @@ BAD_INPUT = {
 }
 
 
+def no_network(*_, **__) -> NoReturn:
+    raise urllib.error.URLError("no network")
+
+
 @needs_project
 @pytest.mark.parametrize("command", BAD_INPUT)
 def test_bad_input(command: str, tmp_path, monkeypatch, capsys) -> None:
@@ -806,6 +813,7 @@ def test_bad_input(command: str, tmp_path, monkeypatch, capsys) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(data, "SHAPES_COUNT", {"train": 80, "test": 40})
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(urllib.request, "urlopen", no_network)
     assert run(monkeypatch, command) != 0
     error = capsys.readouterr().err
     assert error.startswith(f"{command.split()[0]}.py: error: ")
