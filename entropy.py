@@ -89,6 +89,8 @@ def connected_components(mask: torch.Tensor) -> torch.Tensor:
     height, width = shape[-2:]
     pixels = height * width
     stop_early = mask.device.type == "cpu" and not torch.compiler.is_compiling()
+    # Older MPS has no maximum of integers here; float32 is exact up to 2^24 pixels.
+    table_type = torch.float32 if mask.device.type == "mps" else torch.int64
 
     mask = mask.reshape(-1, height, width)  # (M, H, W)
     labels = torch.arange(1, pixels + 1, device=mask.device).view(height, width) * mask
@@ -96,8 +98,10 @@ def connected_components(mask: torch.Tensor) -> torch.Tensor:
         largest = _largest_neighbour(labels) * mask  # (a)
         if stop_early and torch.equal(largest, labels):
             break
-        table = labels.new_zeros(len(mask), pixels + 1)  # (b) old label -> new; 0 -> 0
-        table.scatter_reduce_(1, labels.flatten(1), largest.flatten(1), "amax")
+        # (b) Old label -> new; 0 -> 0.
+        table = torch.zeros(len(mask), pixels + 1, device=mask.device, dtype=table_type)
+        largest = largest.flatten(1).to(table_type)
+        table = table.scatter_reduce(1, labels.flatten(1), largest, "amax").long()
         for _ in range((classes - 2).bit_length()):  # (c)
             table = table.gather(1, table)
         labels = table.gather(1, labels.flatten(1)).view_as(mask)
@@ -147,7 +151,8 @@ def threshold_at_mean(similarity: torch.Tensor) -> torch.Tensor:
     # the mean of a constant map exact: rounding cannot lift such a map above its own
     # mean.
     shifted = similarity - similarity[..., :1, :1].detach()
-    return F.relu(shifted - shifted.mean((-2, -1), keepdim=True))
+    excess = shifted - shifted.mean((-2, -1), keepdim=True)
+    return excess * (excess > 0)  # ReLU, but for -inf, which must not pass for 0
 
 
 def spatial_entropy(similarity: torch.Tensor, reduction: str = "mean") -> torch.Tensor:
@@ -180,9 +185,9 @@ def spatial_entropy(similarity: torch.Tensor, reduction: str = "mean") -> torch.
     mass = mass.scatter_add(-1, labels, activation)
     total = mass.sum(-1, keepdim=True)
     probability = mass / total.where(total != 0, 1)
-    # (5) as sum P ln(1 / P), where 0 has no sign; empty slots take ln 1 for ln(1 / 0).
-    surprise = (1 / probability.where(probability > 0, 1)).log()
-    entropy = (probability * surprise).sum(-1)
+    # (5) with ln 1 for the ln 0 of empty slots, and 0 - x, as -x would make 0 into -0.
+    surprise = 0 - probability.where(probability > 0, 1).log()
+    entropy = (probability * surprise).sum(-1) + 0 * total.squeeze(-1)  # inf gives NaN
     return entropy.mean() if reduction == "mean" else entropy  # (6)
 
 
@@ -222,9 +227,12 @@ def main() -> None:
     """Check the loss against its slow twin, then print a table of timings."""
     parser = argparse.ArgumentParser(description="Check and time the spatial entropy.")
     parser.add_argument("--device", default="cpu", help="cpu, cuda or mps")
-    device = torch.device(parser.parse_args().device)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        sys.exit("entropy.py: error: --device cuda, but PyTorch finds no CUDA device")
+    try:
+        device = torch.zeros(1, device=parser.parse_args().device).device
+    except (RuntimeError, AssertionError) as error:
+        sys.exit(
+            f"entropy.py: error: PyTorch finds no such device: {error}".split("\n")[0]
+        )
 
     torch.manual_seed(0)
     grids = ((1, 1), (1, 9), (5, 7), (14, 14), (31, 17))
@@ -261,8 +269,8 @@ def _seconds(function: Callable, device: torch.device, repeats: int = 20) -> flo
     for _ in range(repeats + 1):
         start = time.perf_counter()
         function()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+        if device.type != "cpu":
+            torch.accelerator.synchronize(device)
         seconds.append(time.perf_counter() - start)
     return statistics.median(seconds[1:])
 

@@ -7,14 +7,16 @@ python eval.py --checkpoint runs/NAME/checkpoint.pt --dataset cifar100 --device 
 """
 
 import argparse
+import math
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
 import torch
 import torch.nn.functional as F
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks, save_image
 
 from data import (
@@ -43,13 +45,25 @@ class Formatter(
 class Parser(argparse.ArgumentParser):
     """An argument parser whose errors are one sentence, without the list of options."""
 
-    def __init__(self, description: str | None) -> None:
-        super().__init__(
-            description=description, formatter_class=Formatter, allow_abbrev=False
-        )
+    def __init__(self, description: str | None, add_help: bool = True) -> None:
+        options = {"formatter_class": Formatter, "allow_abbrev": False}
+        super().__init__(description=description, add_help=add_help, **options)
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+def number(low: float, high: float = math.inf, kind: type = float) -> Callable:
+    """An argparse type: a finite number from low to high."""
+
+    def parse(text: str) -> float:
+        value = kind(text)
+        if not (low <= value <= high and math.isfinite(value)):
+            raise argparse.ArgumentTypeError(f"{text} is not from {low:g} to {high:g}")
+        return value
+
+    parse.__name__ = "number"
+    return parse
 
 
 def choose_device(name: str | None) -> torch.device:
@@ -84,6 +98,11 @@ def choose_device(name: str | None) -> torch.device:
     return device
 
 
+def autocast(device: torch.device, amp: bool) -> torch.autocast:
+    """Mixed precision in bfloat16, which needs no loss scaling, where amp is on."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=amp)
+
+
 @torch.inference_mode()
 def evaluate(
     model: torch.nn.Module,
@@ -111,7 +130,7 @@ def evaluate(
     for images, labels in loader:
         images = normalize(images.to(device, non_blocking=True))
         labels = labels.to(device, non_blocking=True)
-        with torch.autocast(device.type, torch.bfloat16, enabled=amp):
+        with autocast(device, amp):
             logits, similarity = model(images)
         logits = logits.float()
         best = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]  # (B, 5)
@@ -145,8 +164,14 @@ def count_components(similarity: torch.Tensor) -> torch.Tensor:
     )
 
 
-def load_run(path: str | os.PathLike) -> tuple[VisionTransformer, dict]:
+def load_run(
+    path: str | os.PathLike, weights: str = "model"
+) -> tuple[VisionTransformer, dict]:
     """The trained model and the whole checkpoint of a run of train.py, on the CPU.
+
+    Args:
+        path: a checkpoint.pt.
+        weights: "model", or "model_ema" for the averaged weights.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -160,8 +185,15 @@ def load_run(path: str | os.PathLike) -> tuple[VisionTransformer, dict]:
         raise ValueError(
             f"{path} was not written by train.py: it does not name its architecture"
         )
-    model = VisionTransformer(**checkpoint["architecture"])
-    model.load_state_dict(checkpoint["model"])
+    try:
+        model = VisionTransformer(**checkpoint["architecture"])
+        model.load_state_dict(checkpoint[weights])
+    except KeyError as error:
+        raise ValueError(f"{path} has no averaged weights") from error
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"the weights in {path} do not fit its architecture"
+        ) from error
     return model, checkpoint
 
 
@@ -281,11 +313,6 @@ def draw_attention(
     return F.pad(torch.cat(rows, dim=1), (GAP, 0, GAP, GAP), value=255)
 
 
-def pick_images(dataset: Dataset, count: int) -> list[int]:
-    """Indices of `count` images, of as many classes as there are."""
-    return balanced_subset(dataset, min(count, len(dataset)), seed=0).indices
-
-
 def newest_checkpoint(runs: Path = Path("runs")) -> Path:
     """The checkpoint written last under `runs`.
 
@@ -303,36 +330,18 @@ def newest_checkpoint(runs: Path = Path("runs")) -> Path:
 
 def make_parser() -> Parser:
     parser = Parser(__doc__)
-    add = parser.add_argument
-    add(
-        "--checkpoint",
-        metavar="FILE",
-        help="of train.py; the newest in runs/, if left out",
-    )
-    add(
-        "--dataset", choices=DATASETS, metavar="NAME", help="the run's own, if left out"
-    )
-    add("--data-dir", metavar="DIR", help="where data sets lie; the run's, if left out")
-    add(
-        "--batch-size",
-        type=int,
-        metavar="N",
-        help="the run's, if left out",
-    )
-    add(
-        "--workers", type=int, default=0, metavar="N", help="processes that load images"
-    )
-    add(
-        "--device",
-        metavar="NAME",
-        help="cuda, mps or cpu; the first found, if left out",
-    )
-    add(
-        "--attention",
-        metavar="FILE.png",
-        help="draw images, attention and components there",
-    )
-    add("--rows", type=int, default=8, metavar="N", help="images in that picture")
+    add, whole, count = parser.add_argument, number(1, kind=int), number(0, kind=int)
+    add("--checkpoint", metavar="FILE", help="of train.py; the newest, if left out")
+    add("--model-ema", action="store_true", help="evaluate its averaged weights")
+    add("--dataset", choices=DATASETS, metavar="NAME", help="the run's, if left out")
+    add("--data-dir", metavar="DIR", help="where it lies; the run's, if left out")
+    add("--batch-size", type=whole, metavar="N", help="the run's, if left out")
+    add("--workers", type=count, default=0, metavar="N", help="loading processes")
+    device = "cuda, mps or cpu; the first found, if left out"
+    add("--device", metavar="NAME", help=device)
+    attention = "draw images, attention and components there"
+    add("--attention", metavar="FILE.png", help=attention)
+    add("--rows", type=whole, default=8, metavar="N", help="images in that picture")
     return parser
 
 
@@ -340,64 +349,62 @@ def main() -> None:
     parser = make_parser()
     args = parser.parse_args()
     try:
-        device = choose_device(args.device)
-        picture = Path(args.attention) if args.attention else None
-        if picture and (picture.suffix != ".png" or not picture.parent.is_dir()):
-            raise ValueError(
-                f"--attention takes a .png file in a folder that exists, not {picture}"
-            )
-        path = Path(args.checkpoint) if args.checkpoint else newest_checkpoint()
-        model, checkpoint = load_run(path)
-        settings = checkpoint["settings"]
-        name = args.dataset or settings["dataset"]
-        transform = test_transform(settings["img_size"], crop=settings["crop"])
-        dataset = load_dataset(
-            name, args.data_dir or settings["data_dir"], "test", transform
-        )
-        if list(dataset.classes) != checkpoint["classes"]:
-            raise ValueError(
-                f"the classes of {name} are not those of the checkpoint, "
-                f"which was trained on {settings['dataset']}"
-            )
-        loader = make_loader(
-            dataset,
-            args.batch_size or settings["batch_size"],
-            train=False,
-            workers=args.workers,
-            pin_memory=device.type == "cuda",
-        )
+        evaluate_run(args)
     except (OSError, ValueError) as error:
-        parser.error(str(error))
+        parser.error(" ".join(str(error).split()))
+    except KeyboardInterrupt:
+        sys.exit(130)
 
-    # As in the run, if it was on such a device.
+
+def evaluate_run(args: argparse.Namespace) -> None:
+    """Print what is measured, and draw the picture.
+
+    Raises:
+        OSError, ValueError: one sentence on what is wrong with arguments, data or files.
+    """
+    device = choose_device(args.device)
+    picture = Path(args.attention or "none.png")
+    if picture.suffix != ".png" or not picture.parent.is_dir():
+        raise ValueError(
+            f"--attention takes a .png in a folder there is, not {picture}"
+        )
+    path = Path(args.checkpoint) if args.checkpoint else newest_checkpoint()
+    model, checkpoint = load_run(path, "model_ema" if args.model_ema else "model")
+    settings = checkpoint["settings"]
+    name = args.dataset or settings["dataset"]
+    transform = test_transform(settings["img_size"], crop=settings["crop"])
+    data_dir = args.data_dir or settings["data_dir"]
+    dataset = load_dataset(name, data_dir, "test", transform)
+    if list(dataset.classes) != checkpoint["classes"]:
+        trained = settings["dataset"]
+        raise ValueError(f"{path} knows the classes of {trained}, not those of {name}")
+    batch_size = args.batch_size or settings["batch_size"]
+    options = {"workers": args.workers, "pin_memory": device.type == "cuda"}
+    loader = make_loader(dataset, batch_size, train=False, **options)
+    # In the run's precision, if it was on such a device.
     amp = settings["amp"] and device.type == torch.device(settings["device"]).type
-    kind = "bfloat16" if amp else "float32"
+
     epochs = f"{checkpoint['epoch']} of {settings['epochs']} epochs"
     print(f"{path}: {settings['model']} after {epochs}")
-    print(f"{name}, test split, on {device} in {kind}")
+    print(f"{name}, test split, on {device} in {'bfloat16' if amp else 'float32'}")
     model.to(device)
     normalize = normalizer(name, device)
     result = evaluate(model, loader, normalize, device, amp)
     line = "{images} images   top-1 {acc1:.2f} %   top-5 {acc5:.2f} %   loss {loss:.4f}"
     print(line.format(**result))
-    heads = len(result["entropy_per_head"])
-    print(
-        " " * 24
-        + "".join(f"{f'head {head + 1}':>9}" for head in range(heads))
-        + f"{'mean':>9}"
-    )
-    for label, key in (
-        ("spatial entropy (nats)", "entropy"),
-        ("connected components", "components"),
-    ):
+    columns = [f"head {n + 1}" for n in range(len(result["entropy_per_head"]))]
+    print(" " * 24 + "".join(f"{column:>9}" for column in [*columns, "mean"]))
+    rows = {"entropy": "spatial entropy (nats)", "components": "connected components"}
+    for key, label in rows.items():
         values = [*result[f"{key}_per_head"], result[key]]
         print(f"{label:<24}" + "".join(f"{value:9.3f}" for value in values))
-    if picture:
-        chosen = [dataset[index] for index in pick_images(dataset, args.rows)]
-        images = torch.stack([image for image, _ in chosen])
-        with torch.inference_mode():
+    if args.attention:
+        indices = balanced_subset(dataset, min(args.rows, len(dataset)), seed=0).indices
+        images, labels = zip(*(dataset[index] for index in indices))
+        images = torch.stack(images)
+        with autocast(device, amp), torch.inference_mode():
             _, similarity = model(normalize(images.to(device)))
-        captions = [dataset.classes[label] for _, label in chosen]
+        captions = [dataset.classes[label] for label in labels]
         save_image(draw_attention(images, similarity.cpu(), captions) / 255, picture)
         print(f"wrote {picture}")
 

@@ -23,6 +23,7 @@ Letters in the shape comments:
     N tokens: 1 + H * W with pool="cls", H * W with pool="mean"
 """
 
+import argparse
 import math
 import os
 import pickle
@@ -70,6 +71,16 @@ class Attention(nn.Module):
         x = x.unflatten(-1, (parts, self.num_heads, -1))  # (B, N, parts, h, d)
         return x.permute(2, 0, 3, 1, 4).unbind(0)
 
+    def scores(self, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+        """<q, k> / sqrt(d), in float32 at least: (B, h, 1, d), (B, h, N, d) -> (B, h, 1, N).
+
+        In bfloat16, with 8 bits, many scores would fall on the wrong side of their mean.
+        """
+        precise = torch.promote_types(q.dtype, torch.float32)
+        with torch.autocast(q.device.type, enabled=False):
+            q = q.to(precise) * q.shape[-1] ** -0.5
+            return q @ k.to(precise).transpose(-2, -1)
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         q, k, v = self.split_heads(self.qkv(x), 3)
         x = F.scaled_dot_product_attention(q, k, v)  # (B, h, N, d)
@@ -91,8 +102,8 @@ class Attention(nn.Module):
             q_bias, kv_bias = self.qkv.bias.split((dim, 2 * dim))
         (q,) = self.split_heads(F.linear(x[:, :1], q_weight, q_bias), 1)  # (B, h, 1, d)
         k, v = self.split_heads(F.linear(x, kv_weight, kv_bias), 2)  # (B, h, N, d)
-        scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)  # (B, h, 1, N)
-        x = scores.softmax(-1) @ v  # (B, h, 1, d)
+        scores = self.scores(q, k)
+        x = scores.softmax(-1).to(v.dtype) @ v  # (B, h, 1, d)
         return self.proj(x.transpose(1, 2).flatten(2)), scores
 
     def all_tokens(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -104,9 +115,9 @@ class Attention(nn.Module):
             (B, N, D), and the mean scores against all keys, (B, h, 1, N).
         """
         q, k, v = self.split_heads(self.qkv(x), 3)
-        mean_q = q.mean(-2, keepdim=True) * q.shape[-1] ** -0.5  # (B, h, 1, d)
+        scores = self.scores(q.mean(-2, keepdim=True), k)
         x = F.scaled_dot_product_attention(q, k, v)  # (B, h, N, d)
-        return self.proj(x.transpose(1, 2).flatten(2)), mean_q @ k.transpose(-2, -1)
+        return self.proj(x.transpose(1, 2).flatten(2)), scores
 
 
 class Block(nn.Module):
@@ -129,8 +140,6 @@ class Block(nn.Module):
 
     def drop(self, x: torch.Tensor) -> torch.Tensor:
         """Drop-path: a residual branch is left out for whole images while training."""
-        if self.drop_path == 0:
-            return x
         return stochastic_depth(x, self.drop_path, "row", self.training)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -308,13 +317,18 @@ def read_checkpoint(path: str | os.PathLike) -> Mapping:
 
     Raises:
         FileNotFoundError: there is no such file.
+        OSError: it cannot be read.
         ValueError: it is damaged, is no checkpoint, or holds a pickle that wants to
             execute code.
     """
     if not os.path.isfile(path):
         raise FileNotFoundError(f"no checkpoint at {path}")
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        # DINO and DeiT keep their parsed arguments beside the weights.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError:
+        raise
     except pickle.UnpicklingError as error:
         raise ValueError(
             f"{path} is damaged, or holds more than tensors and plain values"
@@ -347,9 +361,12 @@ def load_weights(model: VisionTransformer, weights: str | os.PathLike | Mapping)
         FileNotFoundError: there is no such file.
         ValueError: the file is damaged, or its weights do not fit the model.
     """
-    source = "the state dict"
+    source, patches = "the state dict", None
     if not isinstance(weights, Mapping):
         source, weights = str(weights), read_checkpoint(weights)
+    if "architecture" in weights:  # a checkpoint of train.py knows its grid
+        with torch.device("meta"):
+            patches = VisionTransformer(**weights["architecture"]).grid
     for wrapper in ("model", "state_dict", "teacher"):
         if isinstance(weights.get(wrapper), Mapping):
             weights = weights[wrapper]
@@ -362,11 +379,13 @@ def load_weights(model: VisionTransformer, weights: str | os.PathLike | Mapping)
     head = {name: tensor for name, tensor in own.items() if name.startswith("head.")}
     report = [f"loaded {source}"]
 
-    pos_embed = given.get("pos_embed", own["pos_embed"])
-    if pos_embed.shape[1:-1] != own["pos_embed"].shape[1:-1]:
+    if "pos_embed" in given:
         prefix = sum(name in given for name in ("cls_token", "dist_token"))
-        given["pos_embed"], sizes = resize_pos_embed(pos_embed, prefix, model)
-        report.append(f"position embedding resized {sizes}")
+        pos_embed, resized = resize_pos_embed(
+            given["pos_embed"], prefix, patches, model
+        )
+        given["pos_embed"] = pos_embed
+        report += [f"position embedding resized {resized}"] if resized else []
     if any(name not in given or given[name].shape != head[name].shape for name in head):
         had = len(given["head.bias"]) if "head.bias" in given else "no"
         new = f"{len(head['head.bias'])} classes (the file's has {had})"
@@ -378,38 +397,50 @@ def load_weights(model: VisionTransformer, weights: str | os.PathLike | Mapping)
         if given[name].shape != tensor.shape:
             shapes = f"{tuple(given[name].shape)}, not {tuple(tensor.shape)}"
             raise ValueError(f"{source} does not fit the model: its {name} is {shapes}")
+    # What a model of this kind can do without; other leftovers mean another architecture.
+    spare = rf"head.*|(cls|dist|mask)_token|blocks\.{len(model.blocks) - 1}\.norm2\..*"
     unused = sorted(given.keys() - own.keys())
+    for name in unused:
+        if not re.fullmatch(spare, name):
+            raise ValueError(f"{source} does not fit the model, which has no {name}")
     if unused:
-        report.append("left out " + ", ".join(unused[:4]) + ", ..." * (len(unused) > 4))
+        report.append(f"left out {', '.join(unused)}")
     model.load_state_dict({name: given[name] for name in own})
     return "; ".join(report)
 
 
 def resize_pos_embed(
-    pos_embed: torch.Tensor, prefix: int, model: VisionTransformer
+    pos_embed: torch.Tensor,
+    prefix: int,
+    grid: tuple[int, int] | None,
+    model: VisionTransformer,
 ) -> tuple[torch.Tensor, str]:
-    """Resize a position embedding of a square grid to the grid of a model, bicubically.
+    """Resize a position embedding to the grid of a model, bicubically.
 
     Args:
-        pos_embed: (1, prefix + side * side, D), CLS token first.
+        pos_embed: (1, prefix + H * W, D), CLS token first.
         prefix: how many tokens precede the patches.
-        model: gives the grid to resize to, and whether the CLS token is kept.
+        grid: (H, W). None: a square if it can be one, else the model's own grid.
+        model: has the grid to resize to, and a CLS token or none.
 
     Returns:
-        (1, N, D) for the model, and the change in words, such as "14x14 -> 12x16".
+        (1, N, D) for the model, and the change in words, such as "14x14 -> 12x16", or ""
+        if there was none.
 
     Raises:
-        ValueError: the patches do not form a square.
+        ValueError: the number of patches is not that of the grid.
     """
     cls, patches = pos_embed[:, : model.prefix_tokens], pos_embed[:, prefix:]
-    side = math.isqrt(patches.shape[1])
-    if side == 0 or side * side != patches.shape[1]:
-        raise ValueError(
-            f"a position embedding of {patches.shape[1]} patches is not a square grid"
-        )
-    patches = patches.unflatten(1, (side, side)).permute(
-        0, 3, 1, 2
-    )  # (1, D, side, side)
-    patches = F.interpolate(patches.float(), size=model.grid, mode="bicubic")
-    resized = torch.cat((cls, patches.flatten(2).transpose(1, 2).to(cls)), dim=1)
-    return resized, "{0}x{0} -> {1}x{2}".format(side, *model.grid)
+    count = patches.shape[1]
+    side = math.isqrt(count)
+    if grid is None:
+        grid = (side, side) if side * side == count else model.grid
+    if count == 0 or grid[0] * grid[1] != count:
+        raise ValueError(f"a position embedding of {count} patches has no known grid")
+    change = ""
+    if grid != model.grid:
+        change = "{}x{} -> {}x{}".format(*grid, *model.grid)
+        patches = patches.unflatten(1, grid).permute(0, 3, 1, 2)  # (1, D, H, W)
+        patches = F.interpolate(patches.float(), size=model.grid, mode="bicubic")
+        patches = patches.flatten(2).transpose(1, 2).to(cls.dtype)
+    return torch.cat((cls, patches), dim=1), change

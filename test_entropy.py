@@ -26,6 +26,7 @@ import pytest
 import torch
 
 from entropy import (
+    _rounds,
     connected_components,
     slow_connected_components,
     slow_spatial_entropy,
@@ -34,8 +35,8 @@ from entropy import (
 )
 
 HERE = Path(__file__).resolve().parent
-FILES = [HERE / f"{name}.py" for name in ("data", "eval", "model", "train")]
-PROJECT = all(file.is_file() for file in FILES)
+FILES = [HERE / "eval.py", HERE / "train.py"]  # where the pair was not copied alone
+PROJECT = all(f.is_file() and "from entropy import" in f.read_text() for f in FILES)
 if PROJECT:
     import torchvision
 
@@ -183,6 +184,13 @@ def test_without_early_exit(monkeypatch: pytest.MonkeyPatch) -> None:
         assert_same_components(connected_components(mask), mask)
 
 
+def test_number_of_rounds() -> None:
+    """By the argument of the docstring, so that a sharper bound has to come with its own."""
+    assert _rounds(14, 14) == [196, 49, 49, 24, 24, 12, 12, 6, 6, 3, 3]
+    assert _rounds(1, 7) == [7, 4, 4, 2, 2]
+    assert _rounds(2, 2) == [4]
+
+
 def test_labelling_refuses_what_is_no_mask() -> None:
     with pytest.raises(TypeError, match="float32"):
         connected_components(torch.zeros(3, 3))
@@ -267,6 +275,21 @@ def test_constant_maps(value: float) -> None:
     assert entropy.tolist() == [[0.0] * 3] * 2
     assert similarity.grad.count_nonzero() == 0
     assert threshold_at_mean(similarity).count_nonzero() == 0
+
+
+def test_tiny_and_huge_components() -> None:
+    """Probabilities down to the smallest float32 harm neither value nor gradient."""
+    for tiny in (1e-12, 1e-20, 1e-30, 1e-39, 1e-45):
+        similarity = torch.tensor([[0.0, 1.0, -1.0, tiny]], requires_grad=True)
+        entropy = spatial_entropy(similarity)
+        entropy.backward()
+        torch.testing.assert_close(entropy, slow_spatial_entropy(similarity))
+        assert similarity.grad.isfinite().all()
+    # Sums that leave the range of float32 are not finite scores any more.
+    assert spatial_entropy(torch.tensor([[1e38, 3e38, -3e38, 3e38, 3e38]])).isnan()
+    assert spatial_entropy(
+        torch.full((10, 12), 1e37).index_fill(0, torch.tensor([1]), 9e37)
+    ).isnan()
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
@@ -391,6 +414,26 @@ def test_mean_pooled_similarity_is_the_mean_of_the_rows() -> None:
 
 
 @needs_project
+def test_drop_path_leaves_out_whole_images() -> None:
+    block = small_model(drop_path=0.5).blocks[-1].train()
+    dropped = block.drop(torch.ones(100, 3, 4))
+    rows = dropped[:, 0, 0]
+    assert dropped.equal(rows[:, None, None].expand(-1, 3, 4))
+    assert set(rows.tolist()) == {0.0, 2.0}
+    assert block.eval().drop(torch.ones(9, 3, 4)).equal(torch.ones(9, 3, 4))
+
+
+@needs_project
+def test_mixed_precision_keeps_the_scores_precise() -> None:
+    model = small_model()
+    with torch.autocast("cpu", torch.bfloat16):
+        logits, similarity = model(torch.randn(2, 3, 24, 40))
+    assert logits.dtype == torch.bfloat16
+    assert similarity.dtype == torch.float32
+    assert not similarity.equal(similarity.bfloat16().float())
+
+
+@needs_project
 def test_without_the_last_skip_there_is_no_second_norm() -> None:
     plain, sar = small_model().state_dict(), small_model(last_skip=False).state_dict()
     assert plain.keys() - sar.keys() == {"blocks.2.norm2.weight", "blocks.2.norm2.bias"}
@@ -476,7 +519,21 @@ def test_load_weights_refuses_what_does_not_fit() -> None:
         vit.load_weights(model, {"conv1.weight": torch.zeros(3)})
     with pytest.raises(ValueError, match=r"\(1, 1, 64\), not \(1, 1, 32\)"):
         vit.load_weights(model, small_model(embed_dim=64).state_dict())
+    with pytest.raises(ValueError, match=r"has no blocks.3.attn"):
+        vit.load_weights(model, small_model(depth=4).state_dict())
     assert all(value.equal(before[name]) for name, value in model.state_dict().items())
+
+
+@needs_project
+def test_load_weights_knows_the_grid(tmp_path: Path) -> None:
+    """4x4 patches are as many as 2x8, and 3x5 patches come from a run of train.py."""
+    square, wide = small_model(img_size=32), small_model(img_size=(16, 64))
+    assert "4x4 -> 2x8" in vit.load_weights(wide, square.state_dict())
+    source = {"model": small_model().state_dict(), "args": argparse.Namespace(lr=1)}
+    source["architecture"] = {"img_size": (24, 40), "patch_size": 8}
+    source["architecture"] |= {"embed_dim": 32, "depth": 3, "num_heads": 2}
+    torch.save(source, tmp_path / "run.pt")
+    assert "3x5 -> 4x4" in vit.load_weights(square, tmp_path / "run.pt")
 
 
 @needs_project
@@ -619,6 +676,40 @@ def test_data_sets_on_disk(name, write, classes, sizes, crop, tmp_path: Path) ->
 
 
 @needs_project
+def test_pickles_that_execute_code_are_refused(tmp_path: Path) -> None:
+    write_cifar100(tmp_path)
+    hostile = pickle.dumps({"data": os.getcwd})
+    (tmp_path / "cifar-100-python" / "train").write_bytes(hostile)
+    with pytest.raises(ValueError, match="it wants to execute posix.getcwd"):
+        data.load_dataset("cifar100", tmp_path, "test", None)
+
+
+@needs_project
+def test_damaged_archives_leave_nothing_behind(tmp_path: Path) -> None:
+    write_cifar100(tmp_path, archive=True)
+    write_fashion_mnist(tmp_path)
+    raw = tmp_path / "FashionMNIST" / "raw" / "train-images-idx3-ubyte.gz"
+    for archive in (tmp_path / "cifar-100-python.tar.gz", raw):
+        whole = archive.read_bytes()
+        name = "cifar100" if archive.suffixes[0] == ".tar" else "fashion-mnist"
+        for content in (whole[: len(whole) // 2], b"no archive"):
+            archive.write_bytes(content)
+            with pytest.raises(ValueError, match="damaged"):
+                data.load_dataset(name, tmp_path, "train", None)
+        archive.write_bytes(whole)
+        assert len(data.load_dataset(name, tmp_path, "train", None)) in (8, 20)
+
+
+@needs_project
+def test_normalizer() -> None:
+    images = torch.randint(256, (2, 3, 4, 4), dtype=torch.uint8)
+    got = data.normalizer("cifar100", torch.device("cpu"))(images)
+    mean = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)
+    std = torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
+    torch.testing.assert_close(got, (images / 255 - mean) / std)
+
+
+@needs_project
 def test_test_images_are_not_augmented(tmp_path: Path) -> None:
     write_cifar100(tmp_path)
     plain = data.test_transform(32, crop="padded")
@@ -663,6 +754,94 @@ def test_schedules() -> None:
     lr, sar_lambda = zip(*(train.rates(step, 8, args) for step in range(8)))
     assert sorted(lr) == list(lr)
     assert max(sar_lambda) == sar_lambda[4] == 0.01
+
+
+@needs_project
+def test_the_loop_uses_every_setting(tmp_path, monkeypatch) -> None:
+    """What each step of a real run got: learning rate, lambda, mixed targets, the rest."""
+    write_fashion_mnist(tmp_path / "data")
+    seen, optimizers = [], []
+
+    def losses(model, images, target, **options):
+        seen.append((optimizers[0].param_groups[0]["lr"], target, options))
+        return real_losses(model, images, target, **options)
+
+    def make_optimizer(*arguments):
+        optimizers.append(real_make_optimizer(*arguments))
+        return optimizers[0]
+
+    real_losses, real_make_optimizer = train.losses, train.make_optimizer
+    monkeypatch.setattr(train, "losses", losses)
+    monkeypatch.setattr(train, "make_optimizer", make_optimizer)
+    command = f"train {TINY} --data-dir {tmp_path}/data --output-dir {tmp_path}/run"
+    command += " --epochs 1 --batch-size 10 --model-ema-decay 0.9 --warmup-epochs 0.5"
+    assert run(monkeypatch, f"{command} --smoothing 0.2 --sar-lambda 0.3 --amp") == 0
+    saved = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)
+    args = argparse.Namespace(**saved["settings"])
+    for step, (lr, target, options) in enumerate(seen):
+        expected = train.rates(step, 2, args)
+        assert (lr, options["sar_lambda"]) == expected
+        assert (options["smoothing"], options["amp"]) == (0.2, True)
+        assert target.shape == (10, 10)  # mixup and cutmix make probabilities
+    assert len(seen) == 2
+    # The average of three sets of weights: at the start, after one step and after two. The
+    # first step has lr 1e-6, so its weights are about those at the start.
+    torch.manual_seed(0)
+    start = vit.VisionTransformer(**saved["architecture"]).state_dict()["head.weight"]
+    end, average = (saved[part]["head.weight"] for part in ("model", "model_ema"))
+    torch.testing.assert_close(average, 0.9 * start + 0.1 * end, rtol=0, atol=2e-6)
+    assert not average.equal(start)
+
+
+@needs_project
+def test_mixing() -> None:
+    images, labels = torch.randn(8, 3, 6, 6), torch.arange(8)
+    assert train.make_mix(0, 0, 8)(images, labels)[1] is labels
+    for mixup, cutmix in ((0.8, 0), (0, 1.0)):
+        mixed, target = train.make_mix(mixup, cutmix, 8)(images, labels)
+        torch.testing.assert_close(target.sum(1), torch.ones(8))
+        rolled = images.roll(1, 0)
+        pasted = (mixed == images) | (mixed == rolled)
+        assert pasted.all() == bool(cutmix)
+    names = {type(mix).__name__ for mix in train.make_mix(0.8, 1.0, 8).transforms}
+    assert names == {"MixUp", "CutMix"}
+
+
+@needs_project
+def test_a_run_that_is_not_finite_keeps_its_last_good_epoch(
+    tmp_path, monkeypatch, capsys
+) -> None:
+    write_fashion_mnist(tmp_path / "data")
+    command = f"train {TINY} --data-dir {tmp_path}/data --output-dir {tmp_path}/run"
+    save = train.save
+
+    def poison(folder: Path, checkpoint: dict) -> None:
+        save(folder, checkpoint)
+        model.head.weight.data.fill_(math.nan)
+
+    def make_optimizer(made, weight_decay):
+        nonlocal model
+        model = made
+        return real(made, weight_decay)
+
+    model, real = None, train.make_optimizer
+    monkeypatch.setattr(train, "save", poison)
+    monkeypatch.setattr(train, "make_optimizer", make_optimizer)
+    assert run(monkeypatch, command) == 2
+    error = capsys.readouterr().err
+    assert "no finite loss by step" in error
+    assert "holds the last good epoch" in error
+    saved = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)
+    assert saved["epoch"] == 1
+    assert all(value.isfinite().all() for value in saved["model"].values())
+
+    # The last step of an epoch shows in the test loss alone.
+    evaluate = train.evaluate
+    broken = {"loss": math.nan}
+    monkeypatch.setattr(train, "evaluate", lambda *given: evaluate(*given) | broken)
+    assert run(monkeypatch, command.replace("/run", "/other")) == 2
+    assert "nothing was written" in capsys.readouterr().err
+    assert not (tmp_path / "other" / "checkpoint.pt").exists()
 
 
 @needs_project

@@ -13,7 +13,9 @@ set that is named: the paper's protocol, and for shapes something smaller.
 """
 
 import argparse
+import contextlib
 import copy
+import importlib
 import json
 import math
 import os
@@ -45,7 +47,7 @@ from data import (
     train_transform,
 )
 from entropy import spatial_entropy
-from eval import Parser, choose_device, evaluate, load_run
+from eval import Parser, autocast, choose_device, evaluate, load_run, number
 from model import MODELS, VisionTransformer, load_weights
 
 # The authors' recipe for small data sets: DeiT's, for 100 epochs.
@@ -56,7 +58,7 @@ RECIPE = {
     "crop": None,
     "drop_path": 0.1,
     "epochs": 100,
-    "batch_size": 128,
+    "batch_size": 128,  # on each GPU, in their ImageNet command
     "lr": 5e-4,
     "min_lr": 1e-5,
     "warmup_lr": 1e-6,
@@ -93,7 +95,7 @@ RECIPES = {name: RECIPE for name in DATASETS} | {
 }
 SAR_WARMUP_EPOCHS = 10  # of lambda
 BENCHMARK_WARMUP, BENCHMARK_STEPS = 3, 20
-# What may differ when a run is resumed: where it runs, not what it computes.
+# What may differ when a run is resumed: how it runs, not what it is.
 MAY_DIFFER = {"data_dir", "device", "workers", "compile", "finetune", "output_dir"}
 
 
@@ -154,21 +156,13 @@ def losses(
         loss, with a gradient; cross-entropy and spatial entropy, for the log; all
         scalars.
     """
-    with torch.autocast(images.device.type, torch.bfloat16, enabled=amp):
+    with autocast(images.device, amp):
         logits, similarity = model(images)
     cross_entropy = F.cross_entropy(logits.float(), target, label_smoothing=smoothing)
-    if sar_lambda is None:
-        return (
-            cross_entropy,
-            cross_entropy.detach(),
-            spatial_entropy(similarity.detach()),
-        )
-    entropy = spatial_entropy(similarity)
-    return (
-        cross_entropy + sar_lambda * entropy,
-        cross_entropy.detach(),
-        entropy.detach(),
-    )
+    plain = sar_lambda is None
+    entropy = spatial_entropy(similarity.detach() if plain else similarity)
+    loss = cross_entropy if plain else cross_entropy + sar_lambda * entropy
+    return loss, cross_entropy.detach(), entropy.detach()
 
 
 def make_optimizer(model: torch.nn.Module, weight_decay: float) -> torch.optim.AdamW:
@@ -192,25 +186,10 @@ def make_mix(mixup: float, cutmix: float, classes: int) -> Callable:
 
 
 def randaugment(text: str) -> int:
-    match = re.fullmatch(r"none|rand-m(\d|10)", text)
+    match = re.fullmatch(r"none|rand-m([1-9]|10)", text)
     if not match:
-        raise argparse.ArgumentTypeError(f"{text} is not none or rand-m0 to rand-m10")
+        raise argparse.ArgumentTypeError(f"{text} is not none or rand-m1 to rand-m10")
     return int(match[1] or 0)
-
-
-def number(
-    low: float, high: float = math.inf, kind: type = float
-) -> Callable[[str], float]:
-    """An argparse type: a number from low to high."""
-
-    def parse(text: str) -> float:
-        value = kind(text)
-        if not low <= value <= high:
-            raise argparse.ArgumentTypeError(f"{text} is not from {low:g} to {high:g}")
-        return value
-
-    parse.__name__ = "number"
-    return parse
 
 
 def make_parser(recipe: dict) -> Parser:
@@ -218,7 +197,7 @@ def make_parser(recipe: dict) -> Parser:
     parser = Parser(__doc__)
     yes_or_no = argparse.BooleanOptionalAction
     whole, count = number(1, kind=int), number(0, kind=int)
-    positive, share = number(0), number(0, 1)
+    amount, share = number(0), number(0, 1)
 
     add = parser.add_argument_group("data").add_argument
     names = ", ".join(DATASETS)
@@ -236,8 +215,8 @@ def make_parser(recipe: dict) -> Parser:
         help="RandAugment, M of 10, or none",
     )
     add("--reprob", type=share, metavar="P", help="probability of random erasing")
-    add("--mixup", type=positive, metavar="ALPHA", help="mixup; 0 is off")
-    add("--cutmix", type=positive, metavar="ALPHA", help="cutmix; 0 is off")
+    add("--mixup", type=amount, metavar="ALPHA", help="mixup; 0 is off")
+    add("--cutmix", type=amount, metavar="ALPHA", help="cutmix; 0 is off")
     workers = "processes that load images; if left out none on a CPU, else 16 at most"
     add("--workers", type=count, metavar="N", help=workers)
 
@@ -253,7 +232,7 @@ def make_parser(recipe: dict) -> Parser:
     add = parser.add_argument_group("SAR").add_argument
     sar_lambda = "weight of the spatial entropy: rises for 10 epochs (half of a run "
     sar_lambda += "shorter than 20), falls to 0 by a cosine; 0 is the plain ViT"
-    add("--sar-lambda", type=positive, default=0.01, metavar="L", help=sar_lambda)
+    add("--sar-lambda", type=amount, default=0.01, metavar="L", help=sar_lambda)
     last_skip = "skip connection around the last attention; if left out the paper's "
     last_skip += "pairing, kept only if lambda is 0"
     add("--last-skip", action=yes_or_no, help=last_skip)
@@ -261,11 +240,11 @@ def make_parser(recipe: dict) -> Parser:
     add = parser.add_argument_group("optimization").add_argument
     add("--epochs", type=whole, metavar="N", help="passes over the training set")
     add("--batch-size", type=whole, metavar="N", help="images a step")
-    add("--lr", type=positive, metavar="LR", help="peak, per 512 images of a batch")
-    add("--min-lr", type=positive, metavar="LR", help="at the end of the cosine")
-    add("--warmup-lr", type=positive, metavar="LR", help="at the start of the warm-up")
-    add("--warmup-epochs", type=positive, metavar="N", help="epochs of linear warm-up")
-    add("--weight-decay", type=positive, metavar="WD", help="of weight matrices alone")
+    add("--lr", type=amount, metavar="LR", help="peak, per 512 images of a batch")
+    add("--min-lr", type=amount, metavar="LR", help="at the end of the cosine")
+    add("--warmup-lr", type=amount, metavar="LR", help="at the start of the warm-up")
+    add("--warmup-epochs", type=amount, metavar="N", help="epochs of linear warm-up")
+    add("--weight-decay", type=amount, metavar="WD", help="of weight matrices alone")
     add("--smoothing", type=share, metavar="EPS", help="label smoothing")
     add("--model-ema", action=yes_or_no, help="also average and evaluate the weights")
     add("--model-ema-decay", type=share, metavar="D", help="of the average, per step")
@@ -274,7 +253,13 @@ def make_parser(recipe: dict) -> Parser:
     output_dir = "runs/ and data set, model, lambda, seed, if left out"
     add("--output-dir", metavar="DIR", help=output_dir)
     add("--resume", action="store_true", help="continue the run in --output-dir")
-    add("--seed", type=count, default=0, metavar="N", help="same seed, same run")
+    add(
+        "--seed",
+        type=count,
+        default=0,
+        metavar="N",
+        help="same seed, same run, on a CPU",
+    )
     device = "cuda, mps or cpu; the first found, if left out"
     add("--device", metavar="NAME", help=device)
     add("--amp", action=yes_or_no, help="bfloat16; on CUDA alone, if left out")
@@ -287,7 +272,7 @@ def make_parser(recipe: dict) -> Parser:
 
 def parse_arguments() -> tuple[Parser, argparse.Namespace]:
     """Parse twice: the data set decides the defaults of all else."""
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first = Parser(None, add_help=False)
     first.add_argument("--dataset", default="shapes")
     first.add_argument("--benchmark", action="store_true")
     known, _ = first.parse_known_args()
@@ -359,8 +344,10 @@ def hardware(device: torch.device) -> str:
     return f"{device.type} ({processor}, {torch.get_num_threads()} threads)"
 
 
-def check_output_dir(args: argparse.Namespace) -> dict | None:
-    """The checkpoint to resume from, or None for a new run.
+def check_output_dir(
+    args: argparse.Namespace,
+) -> tuple[VisionTransformer | None, dict | None]:
+    """Model and checkpoint to resume from, or None and None for a new run.
 
     Raises:
         FileNotFoundError, ValueError: --resume finds no run, a damaged one, or one with
@@ -373,10 +360,10 @@ def check_output_dir(args: argparse.Namespace) -> dict | None:
                 f"{folder} already holds a run: --resume continues it, "
                 "another --output-dir starts a new one"
             )
-        return None
+        return None, None
     if not (folder / "checkpoint.pt").exists():
         raise FileNotFoundError(f"there is no run to resume in {folder}")
-    _, checkpoint = load_run(folder / "checkpoint.pt")
+    model, checkpoint = load_run(folder / "checkpoint.pt")
     differ = [
         f"{name} {checkpoint['settings'].get(name)} -> {now}"
         for name, now in settings(args).items()
@@ -384,7 +371,7 @@ def check_output_dir(args: argparse.Namespace) -> dict | None:
     ]
     if differ:
         raise ValueError(f"the run in {folder} has other settings: {', '.join(differ)}")
-    return checkpoint
+    return model, checkpoint
 
 
 def prepare(args: argparse.Namespace, device: torch.device) -> tuple:
@@ -393,7 +380,7 @@ def prepare(args: argparse.Namespace, device: torch.device) -> tuple:
     Raises:
         OSError, ValueError: one sentence on what is wrong with settings, data or files.
     """
-    checkpoint = check_output_dir(args)
+    model, checkpoint = check_output_dir(args)
     options = {"crop": args.crop, "rand_augment": args.aa, "reprob": args.reprob}
     augment = train_transform(args.dataset, args.img_size, **options)
     plain = test_transform(args.img_size, crop=args.crop)
@@ -405,12 +392,13 @@ def prepare(args: argparse.Namespace, device: torch.device) -> tuple:
     options = {"workers": args.workers, "pin_memory": device.type == "cuda"}
     train_loader = make_loader(train_set, args.batch_size, train=True, **options)
     test_loader = make_loader(test_set, args.batch_size, train=False, **options)
-    torch.manual_seed(args.seed)
-    model = VisionTransformer(**architecture(args, len(classes)))
-    if checkpoint:
-        model.load_state_dict(checkpoint["model"])
-    elif args.finetune:
-        say(load_weights(model, args.finetune))
+    if checkpoint and checkpoint["classes"] != classes:
+        raise ValueError(f"the run in {args.output_dir} has other classes")
+    if model is None:
+        torch.manual_seed(args.seed)
+        model = VisionTransformer(**architecture(args, len(classes)))
+        if args.finetune:
+            say(load_weights(model, args.finetune))
     versions = {
         "torch": str(torch.__version__),
         "torchvision": str(torchvision.__version__),
@@ -444,7 +432,12 @@ def train(
     test_loader: DataLoader,
     checkpoint: dict,
 ) -> None:
-    """Train and evaluate, epoch by epoch, from where the checkpoint stands."""
+    """Train and evaluate, epoch by epoch, from where the checkpoint stands.
+
+    Raises:
+        FloatingPointError: a loss is not finite; the checkpoint on disk is of before.
+        OSError: an image cannot be read, or a file not be written.
+    """
     model.to(device)
     step_model = torch.compile(model) if args.compile else model
     optimizer = make_optimizer(model, args.weight_decay)
@@ -499,11 +492,9 @@ def train(
             speed = step * args.batch_size / (shown - epoch_start)
             left = duration((shown - start) / (done - first) * (total - done))
             if not math.isfinite(train_loss + train_entropy):
-                sys.exit(
-                    f"train.py: error: no finite loss by step {step} of epoch "
-                    f"{epoch + 1}: cross-entropy {train_loss}, spatial entropy "
-                    f"{train_entropy}, learning rate {lr:.3g}; the epochs before it "
-                    f"are safe in {args.output_dir}"
+                raise FloatingPointError(
+                    f"no finite loss by step {step} of epoch {epoch + 1}: cross-entropy "
+                    f"{train_loss}, spatial entropy {train_entropy}, learning rate {lr:g}"
                 )
             say(
                 f"epoch {epoch + 1}/{args.epochs} {step / steps:4.0%}  "
@@ -513,6 +504,11 @@ def train(
             )
 
         test = evaluate(model, test_loader, normalize, device, args.amp)
+        if not math.isfinite(test["loss"] + test["entropy"]):
+            raise FloatingPointError(
+                f"the weights of epoch {epoch + 1} are not finite, or not what they give: "
+                f"test cross-entropy {test['loss']}, spatial entropy {test['entropy']}"
+            )
         record = {
             "epoch": epoch + 1,
             "train_loss": train_loss,
@@ -549,40 +545,57 @@ def save(folder: Path, checkpoint: dict) -> None:
 
 
 def benchmark(args: argparse.Namespace, device: torch.device) -> None:
-    """Time training steps on random images, of the plain ViT and of SAR in turn."""
+    """Time training steps on random images: plain ViT, SAR and timm's ViT, in turn."""
     shape = (args.batch_size, 3, args.img_size, args.img_size)
     images = torch.randn(shape, device=device)
     target = torch.randint(1000, shape[:1], device=device)
-    kind = "bfloat16" if args.amp else "float32"
-    say(f"{args.model}, images {shape}, {kind}")
+    say(f"{args.model}, images {shape}, {'bfloat16' if args.amp else 'float32'}")
     say(f"{hardware(device)}, torch {torch.__version__}")
-    contestants = []
-    for sar_lambda in (None, args.sar_lambda):
-        args.last_skip = sar_lambda is None
-        model = VisionTransformer(**architecture(args, classes=1000)).to(device)
-        optimizer = make_optimizer(model, args.weight_decay)
-        model = torch.compile(model) if args.compile else model
-        contestants.append((model, optimizer, sar_lambda, []))
-    for step in range(-BENCHMARK_WARMUP, BENCHMARK_STEPS):
-        for model, optimizer, sar_lambda, seconds in contestants:
-            start = time.perf_counter()
+    models = {}
+    for name, last_skip in (("plain ViT", True), ("SAR", False)):
+        args.last_skip = last_skip
+        models[name] = VisionTransformer(**architecture(args, classes=1000))
+    with contextlib.suppress(ImportError, RuntimeError):  # where it is installed
+        timm = importlib.import_module("timm")
+        peer = f"{args.model}_patch{args.patch_size}_224"
+        options = {"img_size": args.img_size, "drop_path_rate": args.drop_path}
+        models[f"timm {timm.__version__}"] = timm.create_model(peer, **options)
+
+    def step(name: str, model: Callable, optimizer: torch.optim.Optimizer) -> float:
+        start = time.perf_counter()
+        if name == "SAR":
             loss, *_ = losses(
-                model, images, target, sar_lambda=sar_lambda, amp=args.amp
+                model, images, target, sar_lambda=args.sar_lambda, amp=args.amp
             )
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            loss.item()  # waits for the device
-            seconds.append(time.perf_counter() - start)
-        say(f"step {step} of {BENCHMARK_STEPS}", stays=False)
-    plain, sar = (seconds[BENCHMARK_WARMUP:] for *_, seconds in contestants)
-    for name, seconds in (("plain ViT", plain), ("SAR", sar)):
-        second = statistics.median(seconds)
+        else:
+            with autocast(device, args.amp):
+                logits = model(images)
+            logits = logits[0] if isinstance(logits, tuple) else logits
+            loss = F.cross_entropy(logits.float(), target)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        loss.item()  # waits for the device
+        return time.perf_counter() - start
+
+    contestants = {}
+    for name, model in models.items():
+        optimizer = make_optimizer(model.to(device).train(), args.weight_decay)
+        contestants[name] = (torch.compile(model) if args.compile else model, optimizer)
+    seconds = {name: [] for name in contestants}
+    for repeat in range(BENCHMARK_WARMUP + BENCHMARK_STEPS):
+        for name, contestant in contestants.items():
+            seconds[name].append(step(name, *contestant))
+        say(f"step {repeat + 1} of {BENCHMARK_WARMUP + BENCHMARK_STEPS}", stays=False)
+    medians = {
+        name: statistics.median(times[BENCHMARK_WARMUP:])
+        for name, times in seconds.items()
+    }
+    for name, median in medians.items():
         say(
-            f"{name:>10}{1e3 * second:10.1f} ms a step{len(images) / second:10.1f} images/s"
+            f"{name:>12}{1e3 * median:10.1f} ms a step{len(images) / median:10.1f} "
+            f"images/s{medians['SAR'] / median:8.3f} SAR's time over this one's"
         )
-    ratio = statistics.median(b / a for a, b in zip(plain, sar))
-    say(f"SAR takes {ratio:.3f} of the plain ViT's time (median of {len(plain)} pairs)")
 
 
 def main() -> None:
@@ -599,18 +612,20 @@ def main() -> None:
         Path(args.output_dir).mkdir(parents=True, exist_ok=True)
         checkpoint = Path(args.output_dir) / "checkpoint.pt"
     except (OSError, ValueError) as error:
-        parser.error(str(error))
+        parser.error(" ".join(str(error).split()))
     except KeyboardInterrupt:
         sys.exit(130)
     say(f"writing to {args.output_dir}")
     try:
         train(args, device, *parts)
-    except KeyboardInterrupt:
+    except (FloatingPointError, KeyboardInterrupt, OSError) as stop:
+        kept = "nothing was written"
         if checkpoint.exists():
-            say("stopped; the same command with --resume goes on after the last epoch")
-        else:
-            say("stopped in the first epoch; nothing was written")
-        sys.exit(130)
+            kept = f"{checkpoint} holds the last good epoch, which --resume continues"
+        if isinstance(stop, KeyboardInterrupt):
+            say(f"stopped; {kept}")
+            sys.exit(130)
+        parser.error(f"{' '.join(str(stop).split())}; {kept}")
     say(f"next: python eval.py --checkpoint {checkpoint} --attention attention.png")
 
 
