@@ -26,6 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.data import DataLoader, Dataset, Subset
 from torchvision import datasets
+from torchvision.datasets.folder import default_loader, find_classes
 from torchvision.datasets.utils import extract_archive
 from torchvision.transforms import v2
 
@@ -241,19 +242,25 @@ def _missing(name: str, data_dir: Path, reason: str) -> FileNotFoundError:
 
 
 def _folder(data_dir: Path, split: str, transform: Callable | None) -> Dataset:
-    train, val = data_dir / "train", data_dir / "val"
+    parts = {"train": data_dir / "train", "test": data_dir / "val"}
+    for part in parts.values():
+        if not part.is_dir():
+            raise _missing("folder", data_dir, f"there is no {part}")
     try:
-        found = [datasets.folder.find_classes(part)[0] for part in (train, val)]
-        if found[0] != found[1]:
-            odd = sorted(set(found[0]) ^ set(found[1]))
-            raise ValueError(
-                f"{train} and {val} differ in their classes: {', '.join(odd[:5])}"
-            )
-        return datasets.ImageFolder(train if split == "train" else val, transform)
-    except FileNotFoundError as error:
-        raise _missing(
-            "folder", data_dir, str(error).rstrip(".").replace("\n", " ")
-        ) from error
+        train, val = (set(find_classes(part)[0]) for part in parts.values())
+        if train != val:
+            odd = ", ".join(sorted(train ^ val)[:5])
+            raise ValueError(f"train/ and val/ in {data_dir} differ in classes: {odd}")
+        return datasets.ImageFolder(parts[split], transform, loader=_open_image)
+    except FileNotFoundError as error:  # a class without images, or no class at all
+        raise ValueError(f"data set folder in {data_dir}: {error}") from error
+
+
+def _open_image(path: str) -> object:
+    try:
+        return default_loader(path)
+    except OSError as error:
+        raise OSError(f"the image {path} cannot be read ({error})") from error
 
 
 def _torchvision(

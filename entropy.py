@@ -227,12 +227,11 @@ def main() -> None:
     """Check the loss against its slow twin, then print a table of timings."""
     parser = argparse.ArgumentParser(description="Check and time the spatial entropy.")
     parser.add_argument("--device", default="cpu", help="cpu, cuda or mps")
+    name = parser.parse_args().device
     try:
-        device = torch.zeros(1, device=parser.parse_args().device).device
-    except (RuntimeError, AssertionError) as error:
-        sys.exit(
-            f"entropy.py: error: PyTorch finds no such device: {error}".split("\n")[0]
-        )
+        device = torch.zeros(1, device=name).device
+    except (RuntimeError, AssertionError):
+        parser.exit(2, f"entropy.py: error: PyTorch finds no device {name} here\n")
 
     torch.manual_seed(0)
     grids = ((1, 1), (1, 9), (5, 7), (14, 14), (31, 17))

@@ -59,10 +59,11 @@ def number(low: float, high: float = math.inf, kind: type = float) -> Callable:
     def parse(text: str) -> float:
         value = kind(text)
         if not (low <= value <= high and math.isfinite(value)):
-            raise argparse.ArgumentTypeError(f"{text} is not from {low:g} to {high:g}")
+            upper = "" if high == math.inf else f" and at most {high:g}"
+            raise argparse.ArgumentTypeError(f"{text} is not at least {low:g}{upper}")
         return value
 
-    parse.__name__ = "number"
+    parse.__name__ = "whole number" if kind is int else "number"
     return parse
 
 
@@ -309,7 +310,8 @@ def draw_attention(
             components.append(tile)
         rows.append(beside([image, *attended, *components]))
         values = [f"H = {value:.2f}" for value in entropy[i]]
-        rows.append(captions_beside([captions[i], *[""] * heads, *values]))
+        below = captions_beside([captions[i], *[""] * heads, *values])
+        rows.append(F.pad(below, (0, 0, 0, GAP), value=255))
     return F.pad(torch.cat(rows, dim=1), (GAP, 0, GAP, GAP), value=255)
 
 
@@ -364,7 +366,7 @@ def evaluate_run(args: argparse.Namespace) -> None:
     """
     device = choose_device(args.device)
     picture = Path(args.attention or "none.png")
-    if picture.suffix != ".png" or not picture.parent.is_dir():
+    if picture.suffix != ".png" or picture.is_dir() or not picture.parent.is_dir():
         raise ValueError(
             f"--attention takes a .png in a folder there is, not {picture}"
         )
@@ -376,8 +378,8 @@ def evaluate_run(args: argparse.Namespace) -> None:
     data_dir = args.data_dir or settings["data_dir"]
     dataset = load_dataset(name, data_dir, "test", transform)
     if list(dataset.classes) != checkpoint["classes"]:
-        trained = settings["dataset"]
-        raise ValueError(f"{path} knows the classes of {trained}, not those of {name}")
+        odd = sorted(set(dataset.classes) ^ set(checkpoint["classes"]))[:5]
+        raise ValueError(f"{name} and {path} differ in classes: {', '.join(odd)}")
     batch_size = args.batch_size or settings["batch_size"]
     options = {"workers": args.workers, "pin_memory": device.type == "cuda"}
     loader = make_loader(dataset, batch_size, train=False, **options)

@@ -845,6 +845,31 @@ def test_a_run_that_is_not_finite_keeps_its_last_good_epoch(
 
 
 @needs_project
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_unreadable_image_is_named(workers, tmp_path, monkeypatch, capsys) -> None:
+    write_folder(tmp_path)
+    (tmp_path / "val" / "dog" / "1.png").write_text("no image")
+    command = f"train {TINY.replace('fashion-mnist', 'folder')} --data-dir {tmp_path}"
+    command += f" --workers {workers} --output-dir {tmp_path}/run"
+    assert run(monkeypatch, command) == 2
+    error = capsys.readouterr().err
+    assert f"{tmp_path}/val/dog/1.png cannot be read" in error
+    assert error.count("\n") == 1
+
+
+@needs_project
+def test_a_full_disk_is_one_sentence(tmp_path, monkeypatch, capsys) -> None:
+    def full(*_) -> NoReturn:
+        raise RuntimeError("unexpected pos 64 vs 0")
+
+    write_fashion_mnist(tmp_path / "data")
+    monkeypatch.setattr(torch, "save", full)
+    command = f"train {TINY} --data-dir {tmp_path}/data --output-dir {tmp_path}/run"
+    assert run(monkeypatch, command) == 2
+    assert "checkpoint.pt.partial cannot be written" in capsys.readouterr().err
+
+
+@needs_project
 def test_weight_decay_is_of_weight_matrices_alone() -> None:
     model = small_model()
     decayed, kept = train.make_optimizer(model, 0.05).param_groups
@@ -967,6 +992,8 @@ BAD_INPUT = {
     "train --output-dir used": "used already holds a run",
     "train --output-dir new --resume": "no run to resume in new",
     "train --output-dir used --resume": "used/checkpoint.pt is damaged",
+    "train --lr inf": "--lr: inf is not at least 0",
+    "train --output-dir used/checkpoint.pt": "used/checkpoint.pt",
     "train --finetune none.pt": "no checkpoint at none.pt",
     "train --train-size 100000": "100000 images",
     "train --device tpu": "tpu",
@@ -974,6 +1001,7 @@ BAD_INPUT = {
     "eval": "no checkpoint at runs/*/checkpoint.pt",
     "eval --checkpoint none.pt": "no checkpoint at none.pt",
     "eval --checkpoint used/checkpoint.pt": "used/checkpoint.pt is damaged",
+    "eval --rows 0": "--rows",
     "eval --attention none/picture.png": "none/picture.png",
 }
 

@@ -24,6 +24,7 @@ import re
 import shutil
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -203,10 +204,15 @@ def make_parser(recipe: dict) -> Parser:
     names = ", ".join(DATASETS)
     add("--dataset", choices=DATASETS, default="shapes", metavar="NAME", help=names)
     add("--data-dir", default="data", metavar="DIR", help="where data sets lie or go")
-    add("--train-size", type=whole, metavar="N", help="of a class-balanced subset")
+    add(
+        "--train-size",
+        type=whole,
+        metavar="N",
+        help="train on N images, class-balanced",
+    )
     add("--img-size", type=whole, metavar="PX", help="side of the images")
-    crop = "a random area, as for ImageNet; the whole image, shifted; or unshifted; "
-    crop += "if left out padded up to 32 px, else resized"
+    crop = "a random area, as for ImageNet; the whole image, shifted by up to an "
+    crop += "eighth; or unshifted. If left out: padded up to 32 px, resized above"
     add("--crop", choices=CROPS, help=crop)
     add(
         "--aa",
@@ -253,13 +259,8 @@ def make_parser(recipe: dict) -> Parser:
     output_dir = "runs/ and data set, model, lambda, seed, if left out"
     add("--output-dir", metavar="DIR", help=output_dir)
     add("--resume", action="store_true", help="continue the run in --output-dir")
-    add(
-        "--seed",
-        type=count,
-        default=0,
-        metavar="N",
-        help="same seed, same run, on a CPU",
-    )
+    seed = "same seed, same run, on a CPU"
+    add("--seed", type=number(0, 2**31, int), default=0, metavar="N", help=seed)
     device = "cuda, mps or cpu; the first found, if left out"
     add("--device", metavar="NAME", help=device)
     add("--amp", action=yes_or_no, help="bfloat16; on CUDA alone, if left out")
@@ -421,6 +422,8 @@ def prepare(args: argparse.Namespace, device: torch.device) -> tuple:
     say(f"{hardware(device)}, {'bfloat16' if args.amp else 'float32'}")
     scaled = f"{args.lr:g} * {args.batch_size} / 512 = {peak_lr(args):.3g}"
     say(f"learning rate {scaled}, lambda {args.sar_lambda:g}")
+    if checkpoint:
+        say(f"resuming after {checkpoint['epoch']} of {args.epochs} epochs")
     return model, train_loader, test_loader, checkpoint or new
 
 
@@ -536,9 +539,16 @@ def train(
 
 
 def save(folder: Path, checkpoint: dict) -> None:
-    """Write checkpoint.pt and log.jsonl, each whole, under another name, then rename."""
+    """Write checkpoint.pt and log.jsonl: each under another name first, then renamed.
+
+    Raises:
+        OSError: the disk is full, or the like; what stood there before still stands.
+    """
     lines = "".join(json.dumps(line) + "\n" for line in checkpoint["log"])
-    torch.save(checkpoint, folder / "checkpoint.pt.partial")
+    try:
+        torch.save(checkpoint, folder / "checkpoint.pt.partial")
+    except RuntimeError as error:  # the zip writer's word for a full disk
+        raise OSError(f"checkpoint.pt.partial cannot be written: {error}") from error
     (folder / "checkpoint.pt.partial").replace(folder / "checkpoint.pt")
     (folder / "log.jsonl.partial").write_text(lines)
     (folder / "log.jsonl.partial").replace(folder / "log.jsonl")
@@ -600,7 +610,6 @@ def benchmark(args: argparse.Namespace, device: torch.device) -> None:
 
 def main() -> None:
     parser, args = parse_arguments()
-    checkpoint = None
     try:
         device = resolve(args)
         with torch.device("meta"):  # sizes are checked before any data is read
@@ -609,13 +618,16 @@ def main() -> None:
             benchmark(args, device)
             return
         parts = prepare(args, device)
-        Path(args.output_dir).mkdir(parents=True, exist_ok=True)
-        checkpoint = Path(args.output_dir) / "checkpoint.pt"
+        folder = Path(args.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()  # fails now if it is not writable
     except (OSError, ValueError) as error:
         parser.error(" ".join(str(error).split()))
     except KeyboardInterrupt:
+        say("stopped; nothing was written")
         sys.exit(130)
-    say(f"writing to {args.output_dir}")
+    checkpoint = folder / "checkpoint.pt"
+    say(f"writing to {folder}")
     try:
         train(args, device, *parts)
     except (FloatingPointError, KeyboardInterrupt, OSError) as stop:
@@ -625,7 +637,8 @@ def main() -> None:
         if isinstance(stop, KeyboardInterrupt):
             say(f"stopped; {kept}")
             sys.exit(130)
-        parser.error(f"{' '.join(str(stop).split())}; {kept}")
+        # A worker process puts its traceback first; the last line says what is wrong.
+        parser.error(f"{str(stop).strip().splitlines()[-1]}; {kept}")
     say(f"next: python eval.py --checkpoint {checkpoint} --attention attention.png")
 
 
