@@ -929,7 +929,15 @@ def test_train_and_eval_from_the_shell(tmp_path: Path) -> None:
 def test_a_resumed_run_is_the_same_run(tmp_path, monkeypatch) -> None:
     write_fashion_mnist(tmp_path / "data")
     command = f"train {TINY} --data-dir {tmp_path}/data --mixup 0.8 --model-ema"
+    seen, losses = [], train.losses
+
+    def record(model, images, target, **options):
+        seen.append(images.sum().item())
+        return losses(model, images, target, **options)
+
+    monkeypatch.setattr(train, "losses", record)
     assert run(monkeypatch, f"{command} --output-dir {tmp_path}/whole") == 0
+    assert len(set(seen)) == 10  # two epochs of five steps, no batch twice
 
     def save_and_stop(*saved) -> None:
         save(*saved)
