@@ -31,7 +31,6 @@ This file needs torch alone. To check and time it: python entropy.py [--device c
 """
 
 import argparse
-import platform
 import statistics
 import sys
 import time
@@ -243,7 +242,7 @@ def main() -> None:
             sys.exit(f"entropy.py: error: {height}x{width} maps are off by {error}")
     print(f"equal to the slow twin: {60 * len(grids)} maps of {len(grids)} grids")
 
-    hardware = platform.processor() or platform.machine()
+    hardware = torch.backends.cpu.get_cpu_capability()
     if device.type == "cuda":
         hardware = torch.cuda.get_device_name(device)
     print(f"{device} ({hardware}), {torch.get_num_threads()} CPU threads, ", end="")
