@@ -307,7 +307,7 @@ class _ArraysOnly(pickle.Unpickler):
 
     def find_class(self, module: str, name: str) -> object:
         arrays = name in ("_reconstruct", "_frombuffer", "ndarray", "dtype")
-        if (module.startswith("numpy") and arrays) or (module, name) == CODEC:
+        if (module.split(".")[0] == "numpy" and arrays) or (module, name) == CODEC:
             return super().find_class(module, name)
         raise pickle.UnpicklingError(f"it wants to execute {module}.{name}")
 
@@ -355,12 +355,10 @@ def balanced_subset(dataset: Dataset, size: int, seed: int) -> Subset:
     by_class = targets.argsort(stable=True)
     counts = targets.bincount()
     rank = torch.empty_like(order)
-    rank[by_class] = torch.arange(count) - (
-        counts.cumsum(0) - counts
-    ).repeat_interleave(counts)
-    return Subset(
-        dataset, order[rank.argsort(stable=True)[:size]].sort().values.tolist()
-    )
+    first = (counts.cumsum(0) - counts).repeat_interleave(counts)
+    rank[by_class] = torch.arange(count) - first
+    chosen = order[rank.argsort(stable=True)[:size]]
+    return Subset(dataset, chosen.sort().values.tolist())
 
 
 # ------------------------------------------------------------------ images to batches

@@ -160,9 +160,8 @@ def count_components(similarity: torch.Tensor) -> torch.Tensor:
     """Number of connected components of the foreground: (..., H, W) -> int64 (...)."""
     labels = connected_components(threshold_at_mean(similarity) > 0).flatten(-2)
     # A label is 1 + the raster index of a pixel of its component: count those pixels.
-    return (labels == torch.arange(1, labels.shape[-1] + 1, device=labels.device)).sum(
-        -1
-    )
+    own = torch.arange(1, labels.shape[-1] + 1, device=labels.device)
+    return (labels == own).sum(-1)
 
 
 def load_run(
@@ -273,17 +272,9 @@ def draw_attention(
     def captions_beside(texts: list[str]) -> torch.Tensor:
         return beside([caption(text, size[1]) for text in texts])
 
-    names = [f"head {head + 1}" for head in range(heads)]
+    names, blank = [f"head {head + 1}" for head in range(heads)], [""] * (heads - 1)
     rows = [
-        captions_beside(
-            [
-                "image",
-                "attention",
-                *[""] * (heads - 1),
-                "components",
-                *[""] * (heads - 1),
-            ]
-        ),
+        captions_beside(["image", "attention", *blank, "components", *blank]),
         captions_beside(["", *names, *names]),
     ]
     for i in range(count):
@@ -302,11 +293,9 @@ def draw_attention(
             order = found[torch.tensor(mass).argsort(descending=True)]
             masks = enlarge(labels[i, head])[None] == order[:, None, None]
             colours = [PALETTE[n % len(PALETTE)] for n in range(len(masks))]
-            tile = (
-                draw_segmentation_masks(faded, masks, 0.75, colours)
-                if len(masks)
-                else faded
-            )
+            tile = faded
+            if len(masks):
+                tile = draw_segmentation_masks(faded, masks, 0.75, colours)
             components.append(tile)
         rows.append(beside([image, *attended, *components]))
         values = [f"H = {value:.2f}" for value in entropy[i]]
@@ -390,7 +379,7 @@ def evaluate_run(args: argparse.Namespace) -> None:
     print(f"{path}: {settings['model']} after {epochs}")
     print(f"{name}, test split, on {device} in {'bfloat16' if amp else 'float32'}")
     model.to(device)
-    normalize = normalizer(name, device)
+    normalize = normalizer(settings["dataset"], device)  # what the model was trained on
     result = evaluate(model, loader, normalize, device, amp)
     line = "{images} images   top-1 {acc1:.2f} %   top-5 {acc5:.2f} %   loss {loss:.4f}"
     print(line.format(**result))

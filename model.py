@@ -298,16 +298,13 @@ class VisionTransformer(nn.Module):
             )
         x = self.patch_embed(images)  # (B, H * W, D)
         if self.cls_token is not None:
-            x = torch.cat(
-                (self.cls_token.expand(len(x), -1, -1), x), dim=1
-            )  # (B, N, D)
+            cls = self.cls_token.expand(len(x), -1, -1)  # (B, 1, D)
+            x = torch.cat((cls, x), dim=1)  # (B, N, D)
         x = x + self.pos_embed
         for block in self.blocks[:-1]:
             x = block(x)
         x, scores = self.blocks[-1](x)  # (B, 1 or N, D), (B, h, 1, N)
-        logits = self.head(
-            self.norm(x).mean(1)
-        )  # the mean over one token is that token
+        logits = self.head(self.norm(x).mean(1))  # with one token, that token
         similarity = scores[:, :, 0, self.prefix_tokens :]  # (B, h, H * W)
         return logits, similarity.unflatten(-1, self.grid)
 
@@ -361,12 +358,12 @@ def load_weights(model: VisionTransformer, weights: str | os.PathLike | Mapping)
         FileNotFoundError: there is no such file.
         ValueError: the file is damaged, or its weights do not fit the model.
     """
-    source, patches = "the state dict", None
+    source, grid = "the state dict", None
     if not isinstance(weights, Mapping):
         source, weights = str(weights), read_checkpoint(weights)
     if "architecture" in weights:  # a checkpoint of train.py knows its grid
         with torch.device("meta"):
-            patches = VisionTransformer(**weights["architecture"]).grid
+            grid = VisionTransformer(**weights["architecture"]).grid
     for wrapper in ("model", "state_dict", "teacher"):
         if isinstance(weights.get(wrapper), Mapping):
             weights = weights[wrapper]
@@ -381,11 +378,9 @@ def load_weights(model: VisionTransformer, weights: str | os.PathLike | Mapping)
 
     if "pos_embed" in given:
         prefix = sum(name in given for name in ("cls_token", "dist_token"))
-        pos_embed, resized = resize_pos_embed(
-            given["pos_embed"], prefix, patches, model
-        )
-        given["pos_embed"] = pos_embed
-        report += [f"position embedding resized {resized}"] if resized else []
+        resized, change = resize_pos_embed(given["pos_embed"], prefix, grid, model)
+        given["pos_embed"] = resized
+        report += [f"position embedding resized {change}"] if change else []
     if any(name not in given or given[name].shape != head[name].shape for name in head):
         had = len(given["head.bias"]) if "head.bias" in given else "no"
         new = f"{len(head['head.bias'])} classes (the file's has {had})"

@@ -18,6 +18,7 @@ import sys
 import tarfile
 import urllib.error
 import urllib.request
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import NoReturn
@@ -634,9 +635,9 @@ def write_fashion_mnist(folder: Path) -> None:
         write(f"{split}-labels-idx1", 2049, torch.arange(count) % 10)
 
 
-def write_folder(folder: Path) -> None:
+def write_folder(folder: Path, classes: Sequence[str] = ("cat", "dog")) -> None:
     for split, count in (("train", 6), ("val", 2)):
-        for name in ("cat", "dog"):
+        for name in classes:
             (folder / split / name).mkdir(parents=True)
             for i in range(count):
                 file = folder / split / name / f"{i}.png"
@@ -923,6 +924,30 @@ def test_train_and_eval_from_the_shell(tmp_path: Path) -> None:
     assert f"loss {epochs[1]['test_loss']:.4f}" in output
     picture = torchvision.datasets.folder.default_loader(tmp_path / "attention.png")
     assert len(picture.getcolors(2**24)) > 100
+
+
+@needs_project
+def test_other_images_are_normalized_like_those_of_training(
+    tmp_path, monkeypatch
+) -> None:
+    evaluation, names = importlib.import_module("eval"), []
+
+    def normalizer(name: str, device: torch.device):
+        names.append(name)
+        return data.normalizer(name, device)
+
+    monkeypatch.setattr(data, "SHAPES_COUNT", {"train": 80, "test": 16})
+    monkeypatch.setattr(evaluation, "normalizer", normalizer)
+    command = f"train --device cpu --epochs 1 --output-dir {tmp_path}/run"
+    assert run(monkeypatch, command) == 0
+    # A folder lists its classes in order of the alphabet.
+    checkpoint = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)
+    torch.save(checkpoint | {"classes": sorted(data.SHAPES)}, tmp_path / "sorted.pt")
+    write_folder(tmp_path / "images", list(data.SHAPES))
+    command = f"eval --device cpu --checkpoint {tmp_path}/sorted.pt"
+    command += f" --dataset folder --data-dir {tmp_path}/images"
+    assert run(monkeypatch, command) == 0
+    assert names == ["shapes"]
 
 
 @needs_project
