@@ -15,10 +15,11 @@ From Peruzzo et al., "Spatial Entropy as an Inductive Bias for Vision Transforme
     S similarity    A activation    C labels    P probability    H entropy
     lambda is up to the training loop: 0.01 in the paper, warmed up and decayed.
 
-Usage, in anyone's training loop:
+Usage, in anyone's training loop, with the queries and keys (B, heads, N, head_dim) of
+the last attention layer:
 
-    from entropy import spatial_entropy
-    similarity = ...  # (B, heads, H, W): CLS query times patch keys over sqrt(head_dim)
+    from entropy import similarity_maps, spatial_entropy
+    similarity = similarity_maps(query, key)  # (B, heads, H, W)
     loss = criterion(logits, target) + 0.01 * spatial_entropy(similarity)
     loss.backward()
 
@@ -31,6 +32,7 @@ This file needs torch alone. To check and time it: python entropy.py [--device c
 """
 
 import argparse
+import math
 import statistics
 import sys
 import time
@@ -40,6 +42,9 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 
+# Pixels that are labelled at a time on the CPU: few enough for its caches.
+CPU_PART = 160_000
+
 
 def connected_components(mask: torch.Tensor) -> torch.Tensor:
     """Label the 8-connected components of a batch of masks: exactly, any mask, any size.
@@ -48,35 +53,36 @@ def connected_components(mask: torch.Tensor) -> torch.Tensor:
         mask: bool (..., H, W), any leading dimensions.
 
     Returns:
-        int64 (..., H, W): 0 on the background, elsewhere 1 + the largest raster index
-        y * W + x in the pixel's component; so numbers are positive, tell the components
-        of a map apart, and have gaps.
+        int64 (..., H, W): 0 on the background, elsewhere 1 + the raster index of the
+        last 2x2 block with a pixel of the component. So numbers tell the components of
+        a map apart, have gaps, and are at most ceil(H / 2) * ceil(W / 2).
 
     Raises:
         TypeError: mask is not bool.
         ValueError: mask has fewer than two dimensions.
 
-    Method: every pixel starts with 1 + its raster index as label; the pixels with the
-    same label are a class. A round (a) finds for each pixel the largest label in its
-    3x3 neighbourhood, (b) points each class to the largest label its pixels found
-    (hooking: a scatter-max into a table of labels), and (c) follows the pointers to
-    their ends by squaring the table (pointer jumping). Thus a class takes the label of
-    a class that is larger than all classes it touches.
+    Method: the pixels of a 2x2 block all touch, so blocks are labelled instead, a
+    quarter as many. Two blocks are linked where a foreground pixel of one touches one
+    of the other. Each block starts with its own label; blocks with the same label are a
+    class. A round (a) finds for each block the largest label among the blocks linked to
+    it, (b) points each class to the largest label its blocks found (hooking: a
+    scatter-max into a table of labels), and (c) follows the pointers to their ends by
+    squaring the table (pointer jumping). Thus a class takes a label that is at least as
+    large as those of all classes it touches.
 
     Why the rounds of `_rounds` suffice: labels only grow and never leave their
-    component. The labels that survive the first round are those of pixels larger than
-    their neighbours. No two of these touch, so a 2x2 block holds at most one, and a
-    component has at most c = ceil(H / 2) * ceil(W / 2) classes. From then on, two
-    rounds at least halve the classes of an unfinished component. Let r be a label that
-    survives both. If the pointers of another class ended at r in the first round, r now
-    holds two of the old classes or more. If not, each class s that touches r pointed to
-    a label t > r, and ended at t or above; then r touches something larger in the
-    second round and does not survive it, a contradiction. That makes 1 + 2 *
-    floor(log2(c)) rounds, 11 for 14x14. With at most k classes the pointers form chains
-    of at most k - 1 links, which ceil(log2(k - 1)) squarings follow to the end.
+    component, and two rounds at least halve the classes of an unfinished component.
+    For let r be a label that survives both. If the pointers of another class ended at r
+    in the first round, r now holds two of the old classes or more. If not, each class
+    that touches r pointed to a label larger than r, and ended there or above; then r
+    touches something larger in the second round and does not survive it, a
+    contradiction. A component starts with at most c = ceil(H / 2) * ceil(W / 2)
+    classes, so 2 * floor(log2(c)) rounds are enough: 10 for 14x14. The pointers of k
+    classes form chains of at most k - 1 links, and n squarings follow 2^n links.
 
-    On the CPU the loop ends when a round changes nothing. Elsewhere it runs all rounds,
-    because to ask would make the host wait for the device.
+    On the CPU the loops end when a step changes nothing, also inside `torch.compile`.
+    Elsewhere they run to these bounds, because to ask would make the host wait for the
+    device.
     """
     if mask.dtype != torch.bool:
         raise TypeError(f"mask must be a bool tensor, got {mask.dtype}")
@@ -84,44 +90,128 @@ def connected_components(mask: torch.Tensor) -> torch.Tensor:
         raise ValueError(f"mask must have shape (..., H, W), got {tuple(mask.shape)}")
     if mask.numel() == 0:
         return torch.zeros_like(mask, dtype=torch.int64)
-    shape = mask.shape
-    height, width = shape[-2:]
-    pixels = height * width
-    stop_early = mask.device.type == "cpu" and not torch.compiler.is_compiling()
-    # Older MPS has no maximum of integers here; float32 is exact up to 2^24 pixels.
-    table_type = torch.float32 if mask.device.type == "mps" else torch.int64
-
-    mask = mask.reshape(-1, height, width)  # (M, H, W)
-    labels = torch.arange(1, pixels + 1, device=mask.device).view(height, width) * mask
-    for classes in _rounds(height, width):
-        largest = _largest_neighbour(labels) * mask  # (a)
-        if stop_early and torch.equal(largest, labels):
-            break
-        # (b) Old label -> new; 0 -> 0.
-        table = torch.zeros(len(mask), pixels + 1, device=mask.device, dtype=table_type)
-        largest = largest.flatten(1).to(table_type)
-        table = table.scatter_reduce(1, labels.flatten(1), largest, "amax").long()
-        for _ in range((classes - 2).bit_length()):  # (c)
-            table = table.gather(1, table)
-        labels = table.gather(1, labels.flatten(1)).view_as(mask)
-    return labels.view(shape)
+    height, width = mask.shape[-2:]
+    maps = mask.reshape(-1, height, width)  # (M, H, W)
+    if mask.device.type != "cpu":
+        labels = _label_blocks(maps, stop_early=False)
+    elif torch.compiler.is_compiling():
+        labels = _label_blocks_on_cpu_as_one_operator(maps)
+    else:
+        labels = _label_blocks_on_cpu(maps)
+    _, columns, _ = _blocks(maps)
+    y = torch.arange(height, device=mask.device)[:, None] // 2
+    x = torch.arange(width, device=mask.device) // 2
+    block = (y * (columns + 1) + x).flatten().expand(maps.shape[0], -1)  # of each pixel
+    labels = labels.gather(1, block) * maps.flatten(1)
+    return labels.long().view(mask.shape)
 
 
-def _rounds(height: int, width: int) -> list[int]:
+def _blocks(maps: torch.Tensor) -> tuple[int, int, torch.dtype]:
+    """Rows and columns of 2x2 blocks in (M, H, W), and the smallest type that holds
+    their labels, as it is the fastest.
+    """
+    rows, columns = (maps.shape[1] + 1) // 2, (maps.shape[2] + 1) // 2
+    return rows, columns, torch.int16 if rows * columns < 2**15 else torch.int32
+
+
+def _rounds(blocks: int) -> list[int]:
     """For each round of the labelling, the most classes a component can then have."""
-    classes = ((height + 1) // 2) * ((width + 1) // 2)
-    bounds = [height * width]
-    while classes > 1:
-        bounds += [classes, classes]
-        classes //= 2
+    bounds = []
+    while blocks > 1:
+        bounds += [blocks, blocks]
+        blocks = blocks // 2
     return bounds
 
 
-def _largest_neighbour(labels: torch.Tensor) -> torch.Tensor:
-    """Maximum over 3x3 neighbourhoods, itself included: (M, H, W) -> (M, H, W)."""
-    x = F.pad(labels, (1, 1, 1, 1))
-    x = x[:, :, :-2].maximum(x[:, :, 1:-1]).maximum(x[:, :, 2:])
-    return x[:, :-2].maximum(x[:, 1:-1]).maximum(x[:, 2:])
+def _label_blocks(maps: torch.Tensor, stop_early: bool) -> torch.Tensor:
+    """The rounds of `connected_components`.
+
+    Args:
+        maps: bool (M, H, W).
+        stop_early: whether a loop ends when a step changes nothing, for which the host
+            must see the data, or at its bound.
+
+    Returns:
+        The label of each 2x2 block, (M, (rows + 1) * (columns + 1)): with a row and a
+        column of empty blocks, whose label is 0, as in `_links`.
+    """
+    rows, columns, label_type = _blocks(maps)
+    # Older MPS has no maximum of integers in (b); float32 is exact up to 2^24 blocks.
+    table_type = torch.float32 if maps.device.type == "mps" else torch.int64
+    margin, links = _links(maps)
+    labels = torch.arange(1, rows * columns + 1, device=maps.device)
+    labels = F.pad(labels.view(rows, columns), (0, 1, 0, 1)).flatten()
+    labels = labels.repeat(maps.shape[0], 1)
+    for classes in _rounds(rows * columns):
+        # (a)
+        before = largest = labels.flatten().to(label_type)
+        around = F.pad(before, (margin, margin))
+        for neighbour, linked in links:
+            largest = largest.maximum(around[neighbour] * linked)
+        if stop_early and torch.equal(largest, before):
+            break
+        # (b) Old label -> new; 0 -> 0.
+        largest = largest.view_as(labels)
+        table = labels.new_zeros(maps.shape[0], rows * columns + 1, dtype=table_type)
+        table.scatter_reduce_(1, labels, largest.to(table_type), "amax")
+        table = table.long()
+        reach = 1  # how many pointers one look into the table follows
+        while reach < classes - 1:  # (c)
+            further = table.gather(1, table)
+            if stop_early and torch.equal(further, table):
+                break
+            table, reach = further, 2 * reach
+        labels = table.gather(1, labels)
+    return labels.to(label_type)
+
+
+def _links(maps: torch.Tensor) -> tuple[int, list[tuple[slice, torch.Tensor]]]:
+    """Which 2x2 blocks of bool (M, H, W) have foreground pixels that touch.
+
+    The blocks of all maps lie in one line, with a row and a column of empty blocks
+    after each map: the next block is 1 step ahead, the one below columns + 1 steps.
+
+    Returns:
+        The margin to put around a line, so that no step leads out of it; and, for each
+        of the 8 directions, the slice of such a line that holds the neighbours of all
+        blocks, and 1 where a block and this neighbour are linked, else 0.
+    """
+    rows, columns, label_type = _blocks(maps)
+    number, height, width = maps.shape
+    down, margin = columns + 1, columns + 2
+    pixels = F.pad(maps, (0, 2 * (columns + 1) - width, 0, 2 * (rows + 1) - height))
+    pixels = pixels.view(number, rows + 1, 2, down, 2).permute(2, 4, 0, 1, 3)
+    a, b, c, d = pixels.reshape(4, -1)  # of each block: a b above c d
+
+    def seen(step: int) -> slice:
+        return slice(margin + step, margin + step + a.shape[0])
+
+    links = []
+    sides = (1, b | d, a | c), (down - 1, c, b), (down, c | d, a | b), (down + 1, d, a)
+    for step, here, there in sides:
+        link = (here[:-step] & there[step:]).to(label_type)
+        link = F.pad(link, (margin, margin))
+        links += [(seen(step), link[seen(0)]), (seen(-step), link[seen(-step)])]
+    return margin, links
+
+
+def _label_blocks_on_cpu(maps: torch.Tensor) -> torch.Tensor:
+    parts = maps.chunk(-(-maps.numel() // CPU_PART))
+    return torch.cat([_label_blocks(part, stop_early=True) for part in parts])
+
+
+# To torch.compile the rounds on the CPU are one node, which it does not look into: how
+# many they are depends on the data. Sizes are shape[0] and not len() in this file, which
+# torch.compile would take for a constant.
+_label_blocks_on_cpu_as_one_operator = torch.library.custom_op(
+    "spatial_entropy::label_blocks", _label_blocks_on_cpu, mutates_args=()
+)
+
+
+@_label_blocks_on_cpu_as_one_operator.register_fake
+def _(maps: torch.Tensor) -> torch.Tensor:
+    rows, columns, label_type = _blocks(maps)
+    return maps.new_empty(maps.shape[0], (rows + 1) * (columns + 1), dtype=label_type)
 
 
 def threshold_at_mean(similarity: torch.Tensor) -> torch.Tensor:
@@ -150,8 +240,9 @@ def threshold_at_mean(similarity: torch.Tensor) -> torch.Tensor:
     # the mean of a constant map exact: rounding cannot lift such a map above its own
     # mean.
     shifted = similarity - similarity[..., :1, :1].detach()
-    excess = shifted - shifted.mean((-2, -1), keepdim=True)
-    return excess * (excess > 0)  # ReLU, but for -inf, which must not pass for 0
+    mean = shifted.mean((-2, -1), keepdim=True)
+    mean = mean + 0 * mean.detach()  # an infinite mean is NaN, which passes the ReLU
+    return shifted.add_(-mean).relu_()  # in place, as memory is what this waits for
 
 
 def spatial_entropy(similarity: torch.Tensor, reduction: str = "mean") -> torch.Tensor:
@@ -177,17 +268,73 @@ def spatial_entropy(similarity: torch.Tensor, reduction: str = "mean") -> torch.
         raise ValueError(f'reduction must be "mean" or "none", got {reduction!r}')
     activation = threshold_at_mean(similarity)  # (2)
     labels = connected_components(activation.detach() > 0)  # (3)
+    height, width = similarity.shape[-2:]
+    most = ((height + 1) // 2) * ((width + 1) // 2)  # the largest label there can be
     labels, activation = labels.flatten(-2), activation.flatten(-2)  # (..., H * W)
     # (4) The mass of each component, in the slot of its label. Slot 0 takes the
     # background, which adds 0, or the NaN of a map with a non-finite score.
-    mass = activation.new_zeros(*activation.shape[:-1], activation.shape[-1] + 1)
+    mass = activation.new_zeros(*activation.shape[:-1], most + 1)
     mass = mass.scatter_add(-1, labels, activation)
     total = mass.sum(-1, keepdim=True)
     probability = mass / total.where(total != 0, 1)
-    # (5) with ln 1 for the ln 0 of empty slots, and 0 - x, as -x would make 0 into -0.
-    surprise = 0 - probability.where(probability > 0, 1).log()
-    entropy = (probability * surprise).sum(-1) + 0 * total.squeeze(-1)  # inf gives NaN
+    # (5) The smallest normal number in place of 0, as 0 ln 0 is 0; and 0 - x, as -x would
+    # make 0 into -0.
+    log_probability = probability.clamp(min=torch.finfo(mass.dtype).tiny).log()
+    entropy = 0 - (probability * log_probability).sum(-1)
+    entropy = entropy + 0 * total.squeeze(-1)  # an infinite mass gives NaN
     return entropy.mean() if reduction == "mean" else entropy  # (6)
+
+
+def similarity_maps(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    grid: tuple[int, int] | None = None,
+    *,
+    prefix_tokens: int = 1,
+    pool: str = "cls",
+) -> torch.Tensor:
+    """Equation (1) from the queries and keys of any attention layer.
+
+    Args:
+        query, key: floating point (B, heads, N, head_dim), N = prefix_tokens + H * W.
+        grid: (H, W), in patches; None for a square.
+        prefix_tokens: how many tokens stand before the patches: CLS, which is the
+            first, distillation, registers.
+        pool: "cls", the scores of the CLS query; or "mean", for models that have none:
+            the mean of the scores of all patches' queries.
+
+    Returns:
+        (B, heads, H, W), float64 for float64 input, else float32, also under autocast.
+
+    Raises:
+        ValueError: the tokens are not prefix_tokens and a grid, the shapes of query and
+            key differ, or pool is unknown or asks for a CLS token that is not there.
+    """
+    if pool not in ("cls", "mean"):
+        raise ValueError(f'pool must be "cls" or "mean", got {pool!r}')
+    if query.dim() != 4 or query.shape != key.shape:
+        shapes = f"{tuple(query.shape)} and {tuple(key.shape)}"
+        raise ValueError(f"query and key must both be (B, heads, N, d), got {shapes}")
+    precise = torch.promote_types(query.dtype, torch.float32)
+    patches = query.shape[2] - prefix_tokens
+    if grid is None:
+        grid = (math.isqrt(max(patches, 0)),) * 2
+    height, width = grid
+    if height * width != patches or patches < 1 or prefix_tokens < (pool == "cls"):
+        raise ValueError(
+            f"{query.shape[2]} tokens are not {prefix_tokens} before a grid of {height} "
+            f'x {width} patches, with pool="{pool}"'
+        )
+    key = key[:, :, prefix_tokens:]  # (B, heads, H * W, d)
+    if pool == "cls":
+        query = query[:, :, :1]
+    else:  # the mean of the rows <q_i, k> is <mean of q_i, k>
+        query = query[:, :, prefix_tokens:].mean(2, keepdim=True, dtype=precise)
+    # With 8 bits many scores would fall on the wrong side of their mean.
+    with torch.autocast(query.device.type, enabled=False):
+        query, key = query.to(precise), key.to(precise)
+        scores = query * query.shape[-1] ** -0.5 @ key.transpose(-2, -1)
+    return scores.squeeze(2).unflatten(-1, (height, width))
 
 
 def slow_connected_components(mask: torch.Tensor) -> torch.Tensor:
@@ -222,6 +369,37 @@ def slow_spatial_entropy(similarity: torch.Tensor) -> torch.Tensor:
     return torch.stack(entropies).view(leading)
 
 
+def opencv_spatial_entropy(similarity: torch.Tensor) -> torch.Tensor:
+    """`spatial_entropy` the authors' way: a Python loop of OpenCV calls on the CPU, and
+    one mask tensor for each component; for the benchmark.
+    """
+    import cv2
+
+    maps = similarity.flatten(0, -3)
+    activation = F.relu(maps - maps.mean((-2, -1), keepdim=True))
+    owners, masks = [], []
+    for owner, mask in enumerate((activation.detach() > 0).byte().cpu().numpy()):
+        count, labels = cv2.connectedComponents(mask, connectivity=8)
+        for label in range(1, count):
+            owners.append(owner)
+            masks.append(torch.from_numpy(labels == label))
+    owners = torch.tensor(owners, device=maps.device)
+    masks = torch.stack(masks).to(maps.device)
+    mass = (activation[owners] * masks).sum((-2, -1))
+    probability = mass / activation.sum((-2, -1))[owners]
+    return (-probability * probability.log()).sum() / maps.shape[0]
+
+
+def scipy_connected_components(mask: torch.Tensor) -> torch.Tensor:
+    """`connected_components` by SciPy, on the CPU in one call; for the benchmark."""
+    import scipy.ndimage
+
+    nothing, touching = [[0] * 3] * 3, [[1] * 3] * 3
+    maps = mask.flatten(0, -3).cpu().numpy()
+    labels, _ = scipy.ndimage.label(maps, [nothing, touching, nothing])
+    return torch.from_numpy(labels).to(mask.device).view(mask.shape)
+
+
 def main() -> None:
     """Check the loss against its slow twin, then print a table of timings."""
     parser = argparse.ArgumentParser(description="Check and time the spatial entropy.")
@@ -241,36 +419,63 @@ def main() -> None:
         if not error < 1e-5:
             sys.exit(f"entropy.py: error: {height}x{width} maps are off by {error}")
     print(f"equal to the slow twin: {60 * len(grids)} maps of {len(grids)} grids")
+    benchmark(device)
 
+
+def benchmark(device: torch.device) -> None:
+    """Print how long each way takes, on random maps of several grids."""
+    on_cpu = device.type == "cpu"
+    images, repeats = 128 if on_cpu else 512, 20
     hardware = torch.backends.cpu.get_cpu_capability()
     if device.type == "cuda":
         hardware = torch.cuda.get_device_name(device)
     print(f"{device} ({hardware}), {torch.get_num_threads()} CPU threads, ", end="")
-    print(f"torch {torch.__version__}; 768 maps (128 images, 6 heads), median of 20")
-    print(f"{'grid':>8}{'labelling':>14}{'loss':>14}{'with gradient':>16}")
-    for side in (7, 14, 28, 56):
-        similarity = torch.randn(128, 6, side, side, device=device)
-        mask = threshold_at_mean(similarity) > 0
-        leaf = similarity.clone().requires_grad_()
-        columns = (
-            partial(connected_components, mask),
-            partial(spatial_entropy, similarity),
-            lambda leaf=leaf: spatial_entropy(leaf).backward(),
-        )
-        row = [f"{1e3 * _seconds(column, device):11.2f} ms" for column in columns]
-        print(f"{side:>5}x{side:<2}{row[0]}{row[1]}{row[2]:>16}")
+    print(f"torch {torch.__version__}")
 
+    def labels(function: Callable) -> Callable:
+        return lambda maps: partial(function, threshold_at_mean(maps) > 0)
 
-def _seconds(function: Callable, device: torch.device, repeats: int = 20) -> float:
-    """Median time of a call, after one that is not counted."""
-    seconds = []
-    for _ in range(repeats + 1):
-        start = time.perf_counter()
-        function()
-        if device.type != "cpu":
-            torch.accelerator.synchronize(device)
-        seconds.append(time.perf_counter() - start)
-    return statistics.median(seconds[1:])
+    def gradient(loss: Callable) -> Callable:
+        return lambda maps: lambda: torch.autograd.grad(loss(maps), maps)
+
+    # Name -> maps -> the call to time.
+    compiled = partial(torch.compile, fullgraph=True, dynamic=False)
+    ways = {
+        "labels eager": labels(connected_components),
+        "labels compiled": labels(compiled(connected_components)),
+        "labels SciPy": labels(scipy_connected_components),
+        "loss eager": gradient(spatial_entropy),
+        "loss compiled": gradient(compiled(spatial_entropy)),
+        "loss OpenCV": gradient(opencv_spatial_entropy),
+    }
+    if device.type == "cuda":
+        graph = compiled(spatial_entropy, mode="reduce-overhead")
+        ways["loss CUDA-graph"] = gradient(graph)
+    for side in (14, 28, 56):
+        maps = torch.randn(images, 6, side, side, device=device, requires_grad=True)
+        calls = {name: way(maps) for name, way in ways.items()}
+        for name, call in list(calls.items()):
+            try:
+                call()  # not counted; compiles
+            except (ImportError, RuntimeError) as error:
+                print(f"left out: {name}, as {str(error).splitlines()[0]}")
+                del calls[name], ways[name]
+        times = {name: [] for name in calls}
+        for _ in range(repeats):  # in turn
+            for name, call in calls.items():
+                start = time.perf_counter()
+                call()
+                if not on_cpu:
+                    torch.accelerator.synchronize(device)
+                times[name].append(time.perf_counter() - start)
+        if side == 14:
+            print(
+                f"ms for {images} images x 6 heads, medians of {repeats}; the loss with its gradient"
+            )
+            for words in zip(*(name.split() for name in calls)):
+                print(f"{'':7}" + "".join(f"{word:>12}" for word in words))
+        row = {name: 1e3 * statistics.median(values) for name, values in times.items()}
+        print(f"{side:>4}x{side}" + "".join(f"{value:12.2f}" for value in row.values()))
 
 
 if __name__ == "__main__":

@@ -159,9 +159,8 @@ def evaluate(
 def count_components(similarity: torch.Tensor) -> torch.Tensor:
     """Number of connected components of the foreground: (..., H, W) -> int64 (...)."""
     labels = connected_components(threshold_at_mean(similarity) > 0).flatten(-2)
-    # A label is 1 + the raster index of a pixel of its component: count those pixels.
-    own = torch.arange(1, labels.shape[-1] + 1, device=labels.device)
-    return (labels == own).sum(-1)
+    seen = labels.new_zeros(*labels.shape[:-1], labels.shape[-1] + 1)
+    return seen.scatter_(-1, labels, 1)[..., 1:].sum(-1)  # slot 0 is the background
 
 
 def load_run(

@@ -8,10 +8,13 @@ so the two can be copied together. The rest is about this project's other files.
 import argparse
 import gzip
 import importlib
+import importlib.util
 import json
 import math
 import os
 import pickle
+import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -25,10 +28,15 @@ from typing import NoReturn
 
 import pytest
 import torch
+import torch._dynamo.testing
+import torch.nn.functional as F
 
+import entropy
 from entropy import (
+    _label_blocks,
     _rounds,
     connected_components,
+    similarity_maps,
     slow_connected_components,
     slow_spatial_entropy,
     spatial_entropy,
@@ -42,6 +50,7 @@ if PROJECT:
     import torchvision
 
     import data
+    import eval as evaluation
     import model as vit
     import train
 
@@ -61,15 +70,17 @@ def serpentine(height: int, width: int) -> torch.Tensor:
     return mask
 
 
-def spiral(side: int) -> torch.Tensor:
+def spiral(height: int, width: int) -> torch.Tensor:
     """A path that winds inwards, with gaps of one pixel: one component."""
-    mask = torch.zeros(side, side, dtype=torch.bool)
-    mask[0, 0] = True
-    y, x, dy, dx = 0, 0, 0, 1
-    for length in [side - 1, *(n for n in range(side - 1, 0, -2) for _ in range(2))]:
-        for _ in range(length):
+    mask = torch.zeros(height, width, dtype=torch.bool)
+    y, x, dy, dx = 0, -1, 0, 1
+    lengths = [width, height - 1]  # of the next two straight lines
+    while lengths[0] > 0:
+        for _ in range(lengths[0]):
             y, x = y + dy, x + dx
             mask[y, x] = True
+        shorter = lengths[0] - (1 if lengths[0] == width else 2)
+        lengths = [lengths[1], shorter]
         dy, dx = dx, -dy
     return mask
 
@@ -101,14 +112,15 @@ MASKS = {
     "diagonal touch": (mask_of("##.. ##.. ..## ..##"), 1),
     "knight's move": (mask_of("#... ..#. #... ..#."), 4),
     "border and centre": (mask_of("##### #...# #.#.# #...# #####"), 2),
-    "serpentine": (serpentine(14, 14), 1),
-    "long serpentine": (serpentine(57, 41), 1),
-    "spiral": (spiral(14), 1),
-    "long spiral": (spiral(41), 1),
-    "comb": (comb(14, 30), 1),
-    "zigzag": (zigzag(57, 9), 1),
     "not square": (mask_of("#..#..#..# #..####..# ##.......#"), 3),
 }
+# What takes simple propagation longest. The grids are even and odd, square and not.
+for height, width in ((14, 14), (30, 30), (57, 41)):
+    for shape in (serpentine, spiral, comb, zigzag):
+        mask = shape(height, width)
+        MASKS[f"{shape.__name__} {height}x{width}"] = (mask, 1)
+        turned = mask.T.flip(0).contiguous()
+        MASKS[f"{shape.__name__} {height}x{width}, turned"] = (turned, 1)
 
 
 def assert_same_components(labels: torch.Tensor, mask: torch.Tensor) -> None:
@@ -131,12 +143,16 @@ def test_named_masks(name: str) -> None:
     labels = connected_components(mask)
     assert_same_components(labels, mask)
     assert len(labels[mask].unique()) == count
-    # A label is 1 + the raster index of a pixel of its own component.
-    own = torch.arange(1, mask.numel() + 1).view(mask.shape)
-    assert labels[mask].unique().equal(own[labels == own])
+    # A label is 1 + the raster index of the last 2x2 block of its component.
+    blocks = F.max_pool2d(labels[None].double(), 2, ceil_mode=True)[0].long()
+    own = torch.arange(1, blocks.numel() + 1).view(blocks.shape)
+    assert labels[mask].unique().equal(blocks[blocks == own])
+    assert (blocks >= own)[blocks > 0].all()
 
 
-@pytest.mark.parametrize("height, width", [(4, 4), (3, 5), (2, 8), (1, 12), (12, 1)])
+@pytest.mark.parametrize(
+    "height, width", [(4, 4), (3, 5), (5, 3), (2, 8), (1, 12), (12, 1)]
+)
 def test_every_mask_of_a_small_grid(height: int, width: int) -> None:
     pixels = height * width
     masks = (torch.arange(2**pixels)[:, None] >> torch.arange(pixels) & 1).bool()
@@ -174,22 +190,36 @@ def test_labelling_takes_any_layout() -> None:
         assert labels.shape == shape
 
 
-def test_without_early_exit(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The rounds that other devices run suffice, for the worst masks we know."""
-    masks = [mask for mask, _ in MASKS.values()]
-    masks += list(
-        torch.rand(50, 30, 30, generator=torch.Generator().manual_seed(0)) < 0.41
-    )
-    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
-    for mask in masks:
-        assert_same_components(connected_components(mask), mask)
+def test_the_bounds_suffice() -> None:
+    """The rounds and jumps that other devices make, for the worst masks we know."""
+    every = (torch.arange(2**16)[:, None] >> torch.arange(16) & 1).bool()
+    random = torch.rand(200, 30, 30, generator=torch.Generator().manual_seed(0)) < 0.41
+    batches = [mask[None] for mask, _ in MASKS.values()]
+    for masks in (*batches, every.view(-1, 4, 4), random):
+        early = _label_blocks(masks, stop_early=True)
+        assert _label_blocks(masks, stop_early=False).equal(early)
 
 
 def test_number_of_rounds() -> None:
-    """By the argument of the docstring, so that a sharper bound has to come with its own."""
-    assert _rounds(14, 14) == [196, 49, 49, 24, 24, 12, 12, 6, 6, 3, 3]
-    assert _rounds(1, 7) == [7, 4, 4, 2, 2]
-    assert _rounds(2, 2) == [4]
+    """By the argument of the docstring: a sharper bound has to come with its own."""
+    assert _rounds(49) == [49, 49, 24, 24, 12, 12, 6, 6, 3, 3]
+    assert _rounds(2) == [2, 2]
+    assert _rounds(1) == []
+
+
+def test_more_than_16_bits() -> None:
+    mask = serpentine(300, 500)
+    assert connected_components(mask)[mask].unique().tolist() == [150 * 250]
+    dots = torch.arange(70_000)[None] % 2 == 0
+    assert connected_components(dots)[dots].equal(torch.arange(1, 35_001))
+
+
+def test_parts_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
+    masks = torch.rand(5, 2, 9, 6, generator=torch.Generator().manual_seed(0)) < 0.5
+    whole = connected_components(masks)
+    for pixels in (1, 54, 100, 10_000):
+        monkeypatch.setattr(entropy, "CPU_PART", pixels)
+        assert connected_components(masks).equal(whole)
 
 
 def test_labelling_refuses_what_is_no_mask() -> None:
@@ -334,17 +364,145 @@ def test_bad_arguments_are_named() -> None:
         spatial_entropy(torch.zeros(2, 0, 3))
 
 
+# ----------------------------------------------------------------------- torch.compile
+
+
+def value_and_gradient(loss, similarity: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    similarity = similarity.detach().requires_grad_()
+    entropy = loss(similarity)
+    return entropy, *torch.autograd.grad(entropy, similarity)
+
+
+def assert_same_loss(loss, similarity: torch.Tensor) -> None:
+    """Value and gradient are those of the loss on the CPU, in eager mode."""
+    got = value_and_gradient(loss, similarity)
+    want = value_and_gradient(spatial_entropy, similarity.cpu())
+    for tensor, expected in zip(got, want):
+        torch.testing.assert_close(tensor.cpu(), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.fixture
+def compile_whole():
+    """torch.compile that refuses graph breaks, and starts afresh."""
+    torch.compiler.reset()
+    yield partial(torch.compile, fullgraph=True)
+    torch.compiler.reset()
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compiled_loss(compile_whole, dynamic: bool) -> None:
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    loss = compile_whole(spatial_entropy, backend=counter, dynamic=dynamic)
+    for shape in ((2, 3, 6, 8), (4, 5, 6, 8), (3, 2, 14, 13)):
+        assert_same_loss(loss, random_maps(*shape))
+    assert counter.frame_count == (1 if dynamic else 3)
+
+
+def test_compiled_labels(compile_whole) -> None:
+    """The unrolled rounds of other devices, and the operator that stands for ours."""
+    masks = torch.rand(9, 11, 7, generator=torch.Generator().manual_seed(0)) < 0.5
+    for dynamic in (False, True):
+        counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+        labels = compile_whole(connected_components, backend=counter, dynamic=dynamic)
+        unrolled = compile_whole(_label_blocks, backend=counter, dynamic=dynamic)
+        for some in (masks, masks[:5]):
+            assert labels(some).equal(connected_components(some))
+            early = _label_blocks(some, stop_early=True)
+            assert unrolled(some, stop_early=False).equal(early)
+        assert counter.frame_count == (2 if dynamic else 4)  # not one for each size
+    operator = torch.ops.spatial_entropy.label_blocks.default
+    torch.library.opcheck(operator, (masks,))
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="needs a C++ compiler")
+def test_compiled_by_inductor(compile_whole) -> None:
+    loss = compile_whole(spatial_entropy)
+    assert_same_loss(loss, random_maps(2, 3, 14, 14))
+    masks = random_maps(9, 5, 6) > 0
+    unrolled = compile_whole(_label_blocks)
+    assert unrolled(masks, stop_early=False).equal(
+        _label_blocks(masks, stop_early=True)
+    )
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
-def test_cuda_equals_cpu_without_waiting_for_the_device() -> None:
-    similarity = random_maps(16, 6, 14, 14)
-    on_device = similarity.cuda().requires_grad_()
+@pytest.mark.parametrize("mode", ["eager", "default", "reduce-overhead"])
+def test_cuda_does_not_wait_for_the_device(compile_whole, mode: str) -> None:
+    similarity = random_maps(16, 6, 14, 14).cuda()
+    loss = spatial_entropy
+    if mode != "eager":
+        loss = compile_whole(spatial_entropy, mode=mode)
+        for _ in range(3):  # compiles, warms up, captures the graph
+            assert_same_loss(loss, similarity)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        entropy = spatial_entropy(on_device)
-        entropy.backward()
+        got = value_and_gradient(loss, similarity)
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    torch.testing.assert_close(entropy.cpu(), spatial_entropy(similarity))
+    want = value_and_gradient(spatial_entropy, similarity.cpu())
+    for tensor, expected in zip(got, want):
+        torch.testing.assert_close(tensor.cpu(), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_cuda_labels_every_named_mask() -> None:
+    for mask, _ in MASKS.values():
+        assert connected_components(mask.cuda()).cpu().equal(connected_components(mask))
+
+
+def test_two_copies_of_the_file() -> None:
+    """A copy under another name does not clash with the first one's operator."""
+    spec = importlib.util.spec_from_file_location("copy_of_entropy", entropy.__file__)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    similarity = random_maps(2, 5, 5)
+    assert module.spatial_entropy(similarity).equal(spatial_entropy(similarity))
+
+
+# --------------------------------------------------------------------- similarity maps
+
+
+@pytest.mark.parametrize("prefix_tokens", [1, 2, 5])
+def test_similarity_maps(prefix_tokens: int) -> None:
+    query, key = random_maps(2, 3, 4, prefix_tokens + 6, 5, dtype=torch.float64)
+    scores = query @ key.transpose(-2, -1) / math.sqrt(5)
+    patches = scores[..., prefix_tokens:]
+    maps = similarity_maps(query, key, (2, 3), prefix_tokens=prefix_tokens)
+    torch.testing.assert_close(maps, patches[:, :, 0].view(3, 4, 2, 3))
+    maps = similarity_maps(query, key, (3, 2), prefix_tokens=prefix_tokens, pool="mean")
+    mean = patches[:, :, prefix_tokens:].mean(2)
+    torch.testing.assert_close(maps, mean.view(3, 4, 3, 2))
+
+
+def test_similarity_maps_without_prefix() -> None:
+    query, key = random_maps(2, 3, 4, 9, 5).requires_grad_()
+    maps = similarity_maps(query, key, prefix_tokens=0, pool="mean")  # 3 x 3
+    spatial_entropy(maps).backward()
+    rows = (query @ key.transpose(-2, -1)).mean(2) / math.sqrt(5)
+    torch.testing.assert_close(maps, rows.view(3, 4, 3, 3))
+
+
+def test_similarity_maps_are_float32_under_autocast() -> None:
+    query, key = random_maps(2, 3, 4, 10, 5)
+    with torch.autocast("cpu", torch.bfloat16):
+        maps = similarity_maps(query, key)
+    assert maps.equal(similarity_maps(query, key))
+    low = similarity_maps(query.bfloat16(), key.bfloat16())
+    assert low.equal(similarity_maps(query.bfloat16().float(), key.bfloat16().float()))
+
+
+def test_similarity_maps_refuse_what_does_not_fit() -> None:
+    query = torch.zeros(1, 1, 10, 2)
+    for match, keys, options in (
+        (r"10 tokens .* 1 before .* 2 x 4", query, {"grid": (2, 4)}),
+        (r"10 tokens .* 2 before .* 2 x 2", query, {"prefix_tokens": 2}),
+        (r"10 tokens .* 12 before", query, {"prefix_tokens": 12}),
+        (r"10 tokens .* 0 before .*cls", query, {"grid": (2, 5), "prefix_tokens": 0}),
+        ("'max'", query, {"pool": "max"}),
+        (r"\(1, 10, 2\)", query[0], {}),
+    ):
+        with pytest.raises(ValueError, match=match):
+            similarity_maps(query, keys, **options)
 
 
 # --------------------------------------------------------------------------- the model
@@ -371,6 +529,34 @@ def last_block(model, images: torch.Tensor) -> tuple[torch.Tensor, ...]:
     hook.remove()
     qkv = block.attn.qkv(block.norm1(seen[0])).unflatten(-1, (3, 2, 16))
     return seen[0], *qkv.permute(2, 0, 3, 1, 4)
+
+
+@needs_project
+def test_number_of_components() -> None:
+    for mask, count in MASKS.values():
+        if not mask.all():  # else the map is constant and has no foreground
+            counts = evaluation.count_components(mask.float().expand(2, 3, -1, -1))
+            assert counts.tolist() == [[count] * 3] * 2
+
+
+@needs_project
+@pytest.mark.parametrize("package", ["timm", "torchvision.models", "transformers"])
+def test_recipes_of_the_readme(package: str, tmp_path: Path) -> None:
+    """The snippets run as they stand, and the entropy reaches the model's weights."""
+    pytest.importorskip(package)
+    readme = (HERE / "README.md").read_text(encoding="utf-8")
+    snippets = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
+    (snippet,) = (s for s in snippets if package in s and "criterion" in s)
+    (tmp_path / "snippet.py").write_text(snippet, encoding="utf-8")
+    given = {"images": torch.randn(1, 3, 224, 224), "target": torch.tensor([7])}
+    given |= {"criterion": torch.nn.CrossEntropyLoss()}
+    names = runpy.run_path(str(tmp_path / "snippet.py"), given)
+    attention = names["attention"]
+    similarity = names.get("similarity", getattr(attention, "similarity", None))
+    assert similarity.shape[2:] == (14, 14)
+    parameters = list(names["model"].parameters())
+    spatial_entropy(similarity).backward()
+    assert parameters[0].grad.count_nonzero() > 0
 
 
 @needs_project

@@ -141,6 +141,7 @@ def losses(
     sar_lambda: float | None,
     smoothing: float = 0.0,
     amp: bool = False,
+    regularizer: Callable = spatial_entropy,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The loss of equation (6), and its two terms.
 
@@ -152,6 +153,7 @@ def losses(
             entropy is then measured without a gradient.
         smoothing: label smoothing.
         amp: whether to run the model in bfloat16 autocast.
+        regularizer: `spatial_entropy`, or it compiled.
 
     Returns:
         loss, with a gradient; cross-entropy and spatial entropy, for the log; all
@@ -161,9 +163,13 @@ def losses(
         logits, similarity = model(images)
     cross_entropy = F.cross_entropy(logits.float(), target, label_smoothing=smoothing)
     plain = sar_lambda is None
-    entropy = spatial_entropy(similarity.detach() if plain else similarity)
+    entropy = regularizer(similarity.detach() if plain else similarity)
     loss = cross_entropy if plain else cross_entropy + sar_lambda * entropy
     return loss, cross_entropy.detach(), entropy.detach()
+
+
+def compiled(function: Callable, args: argparse.Namespace) -> Callable:
+    return torch.compile(function, fullgraph=True) if args.compile else function
 
 
 def make_optimizer(model: torch.nn.Module, weight_decay: float) -> torch.optim.AdamW:
@@ -204,12 +210,8 @@ def make_parser(recipe: dict) -> Parser:
     names = ", ".join(DATASETS)
     add("--dataset", choices=DATASETS, default="shapes", metavar="NAME", help=names)
     add("--data-dir", default="data", metavar="DIR", help="where data sets lie or go")
-    add(
-        "--train-size",
-        type=whole,
-        metavar="N",
-        help="train on N images, class-balanced",
-    )
+    size = "train on N images, class-balanced"
+    add("--train-size", type=whole, metavar="N", help=size)
     add("--img-size", type=whole, metavar="PX", help="side of the images")
     crop = "a random area, as for ImageNet; the whole image, shifted by up to an "
     crop += "eighth; or unshifted. If left out: padded up to 32 px, resized above"
@@ -264,7 +266,7 @@ def make_parser(recipe: dict) -> Parser:
     device = "cuda, mps or cpu; the first found, if left out"
     add("--device", metavar="NAME", help=device)
     add("--amp", action=yes_or_no, help="bfloat16; on CUDA alone, if left out")
-    add("--compile", action="store_true", help="torch.compile the model")
+    add("--compile", action="store_true", help="torch.compile model and loss")
     benchmark = "time steps of the paper's model, plain and SAR, and write nothing"
     add("--benchmark", action="store_true", help=benchmark)
     parser.set_defaults(**recipe)
@@ -442,7 +444,7 @@ def train(
         OSError: an image cannot be read, or a file not be written.
     """
     model.to(device)
-    step_model = torch.compile(model) if args.compile else model
+    step_model, regularizer = compiled(model, args), compiled(spatial_entropy, args)
     optimizer = make_optimizer(model, args.weight_decay)
     ema = copy.deepcopy(model).requires_grad_(False) if args.model_ema else None
     update_ema = get_ema_multi_avg_fn(args.model_ema_decay)
@@ -479,6 +481,7 @@ def train(
                 sar_lambda=sar_lambda if args.sar_lambda else None,
                 smoothing=args.smoothing,
                 amp=args.amp,
+                regularizer=regularizer,
             )
             optimizer.zero_grad()
             loss.backward()
@@ -571,12 +574,13 @@ def benchmark(args: argparse.Namespace, device: torch.device) -> None:
         options = {"img_size": args.img_size, "drop_path_rate": args.drop_path}
         models[f"timm {timm.__version__}"] = timm.create_model(peer, **options)
 
+    regularizer = compiled(spatial_entropy, args)
+
     def step(name: str, model: Callable, optimizer: torch.optim.Optimizer) -> float:
         start = time.perf_counter()
         if name == "SAR":
-            loss, *_ = losses(
-                model, images, target, sar_lambda=args.sar_lambda, amp=args.amp
-            )
+            options = {"sar_lambda": args.sar_lambda, "amp": args.amp}
+            loss, *_ = losses(model, images, target, regularizer=regularizer, **options)
         else:
             with autocast(device, args.amp):
                 logits = model(images)
@@ -591,7 +595,7 @@ def benchmark(args: argparse.Namespace, device: torch.device) -> None:
     contestants = {}
     for name, model in models.items():
         optimizer = make_optimizer(model.to(device).train(), args.weight_decay)
-        contestants[name] = (torch.compile(model) if args.compile else model, optimizer)
+        contestants[name] = (compiled(model, args), optimizer)
     seconds = {name: [] for name in contestants}
     for repeat in range(BENCHMARK_WARMUP + BENCHMARK_STEPS):
         for name, contestant in contestants.items():
