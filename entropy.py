@@ -2,8 +2,8 @@
 """Spatial entropy: a loss that makes attention cluster into few connected regions.
 
 From Peruzzo et al., "Spatial Entropy as an Inductive Bias for Vision Transformers"
-(arXiv 2206.04636), in the details that the authors' code settles
-(https://github.com/helia95/SAR). For one image and one head of the last block:
+(arXiv 2206.04636); what the paper leaves open is as in the authors' code,
+https://github.com/helia95/SAR. For one image and one head of the last block:
 
     (1)  S[x,y] = <q_cls, k[x,y]> / sqrt(head_dim)   similarity map, before any softmax
     (2)  A = ReLU(S - m),  m = mean of S             the foreground is where S > m
@@ -32,7 +32,6 @@ This file needs torch alone. To check and time it: python entropy.py [--device c
 """
 
 import argparse
-import math
 import statistics
 import sys
 import time
@@ -42,8 +41,95 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 
-# Pixels that are labelled at a time on the CPU: few enough for its caches.
-CPU_PART = 160_000
+
+def similarity_maps(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    grid: tuple[int, int] | None = None,
+    *,
+    prefix_tokens: int = 1,
+    pool: str = "cls",
+) -> torch.Tensor:
+    """Equation (1) from the queries and keys of a self-attention layer.
+
+    Args:
+        query, key: floating point (B, heads, N, head_dim), N = prefix_tokens + H * W:
+            as they enter the product, after any norm or rotation.
+        grid: (H, W), in patches; None for a square.
+        prefix_tokens: how many tokens stand before the patches: CLS, which is the
+            first, distillation, registers.
+        pool: "cls", the scores of the CLS query; or "mean", for models that have none:
+            the mean of the scores of all patches' queries.
+
+    Returns:
+        (B, heads, H, W), float64 for float64 input, else float32, also under autocast.
+
+    Raises:
+        TypeError: query or key is not floating point.
+        ValueError: the tokens are not prefix_tokens and a grid, the shapes of query and
+            key differ, or pool is unknown or asks for a CLS token that is not there.
+    """
+    if not (query.is_floating_point() and key.is_floating_point()):
+        types = f"{query.dtype} and {key.dtype}"
+        raise TypeError(f"query and key must be floating point, got {types}")
+    if query.dim() != 4 or query.shape != key.shape:
+        shapes = f"{tuple(query.shape)} and {tuple(key.shape)}"
+        raise ValueError(f"query and key must both be (B, heads, N, d), got {shapes}")
+    if pool not in ("cls", "mean"):
+        raise ValueError(f'pool must be "cls" or "mean", got {pool!r}')
+    if pool == "cls" and prefix_tokens < 1:
+        raise ValueError('pool="cls" needs a CLS token; without one use pool="mean"')
+    tokens = query.shape[2]
+    patches = tokens - prefix_tokens
+    side = int(max(patches, 0) ** 0.5)
+    height, width = (side, side) if grid is None else grid
+    if height < 1 or width < 1 or height * width != patches:
+        wanted = "a square, so give the grid" if grid is None else f"{height} x {width}"
+        raise ValueError(
+            f"{tokens} tokens, {prefix_tokens} of them before the patches, leave "
+            f"{patches} patches, which are not {wanted}"
+        )
+    precise = torch.promote_types(query.dtype, torch.float32)
+    key = key[:, :, prefix_tokens:]  # (B, heads, H * W, d)
+    if pool == "cls":
+        query = query[:, :, :1]
+    else:  # the mean of the rows <q_i, k> is <mean of q_i, k>
+        query = query[:, :, prefix_tokens:].mean(2, keepdim=True, dtype=precise)
+    # No matrix product: autocast and TF32 would take it with 8 or 10 bits, and many scores
+    # would fall on the wrong side of their mean.
+    query = query.to(precise) * query.shape[-1] ** -0.5
+    return (query * key.to(precise)).sum(-1).unflatten(-1, (height, width))
+
+
+def threshold_at_mean(similarity: torch.Tensor) -> torch.Tensor:
+    """Equation (2), A = ReLU(S - m). The foreground is `threshold_at_mean(S) > 0`.
+
+    Args:
+        similarity: floating point (..., H, W), scores before softmax.
+
+    Returns:
+        (..., H, W), float64 for float64 input and float32 for every other;
+        non-negative.
+
+    Raises:
+        TypeError: similarity is not floating point.
+        ValueError: similarity has fewer than two dimensions, or H or W is 0.
+    """
+    if not similarity.is_floating_point():
+        raise TypeError(f"similarity must be floating point, got {similarity.dtype}")
+    if similarity.dim() < 2 or 0 in similarity.shape[-2:]:
+        raise ValueError(
+            f"similarity must be (..., H, W), got {tuple(similarity.shape)}"
+        )
+    if similarity.dtype != torch.float64:
+        similarity = similarity.float()
+    # One of the map's own scores is subtracted first, which cancels in S - m. It makes
+    # the mean of a constant map exact: rounding cannot lift such a map above its own
+    # mean.
+    shifted = similarity - similarity[..., :1, :1].detach()
+    mean = shifted.mean((-2, -1), keepdim=True)
+    mean = mean + 0 * mean.detach()  # an infinite mean is NaN, which passes the ReLU
+    return shifted.add_(-mean).relu_()  # in place, as memory is what this waits for
 
 
 def connected_components(mask: torch.Tensor) -> torch.Tensor:
@@ -71,14 +157,14 @@ def connected_components(mask: torch.Tensor) -> torch.Tensor:
     large as those of all classes it touches.
 
     Why the rounds of `_rounds` suffice: labels only grow and never leave their
-    component, and two rounds at least halve the classes of an unfinished component.
-    For let r be a label that survives both. If the pointers of another class ended at r
-    in the first round, r now holds two of the old classes or more. If not, each class
-    that touches r pointed to a label larger than r, and ended there or above; then r
-    touches something larger in the second round and does not survive it, a
-    contradiction. A component starts with at most c = ceil(H / 2) * ceil(W / 2)
-    classes, so 2 * floor(log2(c)) rounds are enough: 10 for 14x14. The pointers of k
-    classes form chains of at most k - 1 links, and n squarings follow 2^n links.
+    component, and two rounds at least halve the classes of an unfinished component:
+    let r be a label that survives both. If the pointers of another class ended at r in
+    the first round, r now holds two of the old classes or more. If not, each class that
+    touches r pointed to a label larger than r, and ended there or above; then r touches
+    something larger in the second round and does not survive it, a contradiction. A
+    component starts with at most c = ceil(H / 2) * ceil(W / 2) classes, so
+    2 * floor(log2(c)) rounds are enough: 10 for 14x14. The pointers of k classes form
+    chains of at most k - 1 links, and n squarings reach 2^n links far.
 
     On the CPU the loops end when a step changes nothing, also inside `torch.compile`.
     Elsewhere they run to these bounds, because to ask would make the host wait for the
@@ -90,20 +176,58 @@ def connected_components(mask: torch.Tensor) -> torch.Tensor:
         raise ValueError(f"mask must have shape (..., H, W), got {tuple(mask.shape)}")
     if mask.numel() == 0:
         return torch.zeros_like(mask, dtype=torch.int64)
-    height, width = mask.shape[-2:]
-    maps = mask.reshape(-1, height, width)  # (M, H, W)
-    if mask.device.type != "cpu":
-        labels = _label_blocks(maps, stop_early=False)
-    elif torch.compiler.is_compiling():
-        labels = _label_blocks_on_cpu_as_one_operator(maps)
-    else:
-        labels = _label_blocks_on_cpu(maps)
-    _, columns, _ = _blocks(maps)
-    y = torch.arange(height, device=mask.device)[:, None] // 2
-    x = torch.arange(width, device=mask.device) // 2
-    block = (y * (columns + 1) + x).flatten().expand(maps.shape[0], -1)  # of each pixel
-    labels = labels.gather(1, block) * maps.flatten(1)
-    return labels.long().view(mask.shape)
+    maps = mask.reshape(-1, *mask.shape[-2:])  # (M, H, W)
+    on_cpu = mask.device.type == "cpu"
+    if on_cpu and torch.compiler.is_compiling():
+        return _label_as_one_operator(maps).view(mask.shape)
+    return _label(maps, stop_early=on_cpu).view(mask.shape)
+
+
+def spatial_entropy(similarity: torch.Tensor, reduction: str = "mean") -> torch.Tensor:
+    """Spatial entropy of similarity maps in nats, by equations (2) to (6).
+
+    Args:
+        similarity: floating point (..., H, W), such as (B, heads, H, W): scores before
+            softmax.
+        reduction: "mean" over all maps, or "none".
+
+    Returns:
+        A scalar, or (...) with reduction="none"; float64 for float64 input, else
+        float32, also under autocast. 0 for a map of one component and for a constant
+        map, which has none; NaN for a map with a non-finite score, or with scores whose
+        sum is not finite, and for the mean of no maps. Gradients flow through
+        everything but the labelling, the mean included.
+
+    Raises:
+        TypeError: similarity is not floating point.
+        ValueError: similarity has fewer than two dimensions, an empty grid, or an
+            unknown reduction.
+    """
+    if reduction not in ("mean", "none"):
+        raise ValueError(f'reduction must be "mean" or "none", got {reduction!r}')
+    activation = threshold_at_mean(similarity)  # (2)
+    labels = connected_components(activation.detach() > 0)  # (3)
+    height, width = similarity.shape[-2:]
+    most = ((height + 1) // 2) * ((width + 1) // 2)  # the largest label there can be
+    labels, activation = labels.flatten(-2), activation.flatten(-2)  # (..., H * W)
+    # (4) The mass of each component, in the slot of its label. Slot 0 takes the
+    # background, which adds 0, or the NaN of a map with a non-finite score.
+    mass = activation.new_zeros(*activation.shape[:-1], most + 1)
+    mass = mass.scatter_add(-1, labels, activation)
+    total = mass.sum(-1, keepdim=True)
+    probability = mass / total.where(total != 0, 1)
+    # (5) The smallest normal number in place of 0, as 0 ln 0 is 0; and 0 - x, as -x would
+    # make 0 into -0.
+    log_probability = probability.clamp(min=torch.finfo(mass.dtype).tiny).log()
+    entropy = 0 - (probability * log_probability).sum(-1)
+    entropy = entropy + 0 * total.squeeze(-1)  # an infinite mass gives NaN
+    return entropy.mean() if reduction == "mean" else entropy  # (6)
+
+
+# ------------------------------------------------- how the components are labelled
+
+# Pixels that are labelled at a time on the CPU: few enough for its caches.
+CPU_PART = 160_000
 
 
 def _blocks(maps: torch.Tensor) -> tuple[int, int, torch.dtype]:
@@ -123,13 +247,27 @@ def _rounds(blocks: int) -> list[int]:
     return bounds
 
 
-def _label_blocks(maps: torch.Tensor, stop_early: bool) -> torch.Tensor:
-    """The rounds of `connected_components`.
+def _label(maps: torch.Tensor, stop_early: bool) -> torch.Tensor:
+    """`connected_components` of bool (M, H, W), none of them 0.
 
     Args:
-        maps: bool (M, H, W).
-        stop_early: whether a loop ends when a step changes nothing, for which the host
-            must see the data, or at its bound.
+        maps: the masks.
+        stop_early: end a loop when a step changes nothing, for which the host must see
+            the data; and take a part of the maps at a time.
+    """
+    number, height, width = maps.shape
+    parts = maps.chunk(-(-maps.numel() // CPU_PART)) if stop_early else [maps]
+    labels = torch.cat([_label_blocks(part, stop_early) for part in parts])
+    _, columns, _ = _blocks(maps)
+    y = torch.arange(height, device=maps.device)[:, None] // 2
+    x = torch.arange(width, device=maps.device) // 2
+    block = (y * (columns + 1) + x).flatten()  # of each pixel
+    labels = labels.gather(1, block.expand(number, -1)) * maps.flatten(1)
+    return labels.long().view_as(maps)
+
+
+def _label_blocks(maps: torch.Tensor, stop_early: bool) -> torch.Tensor:
+    """The rounds of `connected_components`, for bool (M, H, W).
 
     Returns:
         The label of each 2x2 block, (M, (rows + 1) * (columns + 1)): with a row and a
@@ -142,7 +280,7 @@ def _label_blocks(maps: torch.Tensor, stop_early: bool) -> torch.Tensor:
     labels = torch.arange(1, rows * columns + 1, device=maps.device)
     labels = F.pad(labels.view(rows, columns), (0, 1, 0, 1)).flatten()
     labels = labels.repeat(maps.shape[0], 1)
-    for classes in _rounds(rows * columns):
+    for most_classes in _rounds(rows * columns):
         # (a)
         before = largest = labels.flatten().to(label_type)
         around = F.pad(before, (margin, margin))
@@ -156,7 +294,7 @@ def _label_blocks(maps: torch.Tensor, stop_early: bool) -> torch.Tensor:
         table.scatter_reduce_(1, labels, largest.to(table_type), "amax")
         table = table.long()
         reach = 1  # how many pointers one look into the table follows
-        while reach < classes - 1:  # (c)
+        while reach < most_classes - 1:  # (c)
             further = table.gather(1, table)
             if stop_early and torch.equal(further, table):
                 break
@@ -195,146 +333,20 @@ def _links(maps: torch.Tensor) -> tuple[int, list[tuple[slice, torch.Tensor]]]:
     return margin, links
 
 
-def _label_blocks_on_cpu(maps: torch.Tensor) -> torch.Tensor:
-    parts = maps.chunk(-(-maps.numel() // CPU_PART))
-    return torch.cat([_label_blocks(part, stop_early=True) for part in parts])
+# To torch.compile the labelling on the CPU is one node, which it does not look into: how
+# many rounds there are depends on the data. Compiled code that is kept on disk knows the
+# operator by its name, so the name stands for the promise of `connected_components`.
+@torch.library.custom_op("spatial_entropy::connected_components", mutates_args=())
+def _label_as_one_operator(maps: torch.Tensor) -> torch.Tensor:
+    return _label(maps, stop_early=True)
 
 
-# To torch.compile the rounds on the CPU are one node, which it does not look into: how
-# many they are depends on the data. Sizes are shape[0] and not len() in this file, which
-# torch.compile would take for a constant.
-_label_blocks_on_cpu_as_one_operator = torch.library.custom_op(
-    "spatial_entropy::label_blocks", _label_blocks_on_cpu, mutates_args=()
-)
-
-
-@_label_blocks_on_cpu_as_one_operator.register_fake
+@_label_as_one_operator.register_fake
 def _(maps: torch.Tensor) -> torch.Tensor:
-    rows, columns, label_type = _blocks(maps)
-    return maps.new_empty(maps.shape[0], (rows + 1) * (columns + 1), dtype=label_type)
+    return maps.new_empty(maps.shape, dtype=torch.int64)
 
 
-def threshold_at_mean(similarity: torch.Tensor) -> torch.Tensor:
-    """Equation (2), A = ReLU(S - m). The foreground is `threshold_at_mean(S) > 0`.
-
-    Args:
-        similarity: floating point (..., H, W), scores before softmax.
-
-    Returns:
-        (..., H, W), float64 for float64 input and float32 for every other;
-        non-negative.
-
-    Raises:
-        TypeError: similarity is not floating point.
-        ValueError: similarity has fewer than two dimensions, or H or W is 0.
-    """
-    if not similarity.is_floating_point():
-        raise TypeError(f"similarity must be floating point, got {similarity.dtype}")
-    if similarity.dim() < 2 or 0 in similarity.shape[-2:]:
-        raise ValueError(
-            f"similarity must be (..., H, W), got {tuple(similarity.shape)}"
-        )
-    if similarity.dtype != torch.float64:
-        similarity = similarity.float()
-    # One of the map's own scores is subtracted first, which cancels in S - m. It makes
-    # the mean of a constant map exact: rounding cannot lift such a map above its own
-    # mean.
-    shifted = similarity - similarity[..., :1, :1].detach()
-    mean = shifted.mean((-2, -1), keepdim=True)
-    mean = mean + 0 * mean.detach()  # an infinite mean is NaN, which passes the ReLU
-    return shifted.add_(-mean).relu_()  # in place, as memory is what this waits for
-
-
-def spatial_entropy(similarity: torch.Tensor, reduction: str = "mean") -> torch.Tensor:
-    """Spatial entropy of similarity maps in nats, by equations (2) to (6).
-
-    Args:
-        similarity: floating point (..., H, W), such as (B, heads, H, W): scores before
-            softmax.
-        reduction: "mean" over all maps, or "none".
-
-    Returns:
-        A scalar, or (...) with reduction="none"; float64 for float64 input, else
-        float32, also under autocast. 0 for a map of one component and for a constant
-        map, which has none; NaN for a map with a non-finite score. Gradients flow
-        through everything but the labelling, the mean included.
-
-    Raises:
-        TypeError: similarity is not floating point.
-        ValueError: similarity has fewer than two dimensions, an empty grid, or an
-            unknown reduction.
-    """
-    if reduction not in ("mean", "none"):
-        raise ValueError(f'reduction must be "mean" or "none", got {reduction!r}')
-    activation = threshold_at_mean(similarity)  # (2)
-    labels = connected_components(activation.detach() > 0)  # (3)
-    height, width = similarity.shape[-2:]
-    most = ((height + 1) // 2) * ((width + 1) // 2)  # the largest label there can be
-    labels, activation = labels.flatten(-2), activation.flatten(-2)  # (..., H * W)
-    # (4) The mass of each component, in the slot of its label. Slot 0 takes the
-    # background, which adds 0, or the NaN of a map with a non-finite score.
-    mass = activation.new_zeros(*activation.shape[:-1], most + 1)
-    mass = mass.scatter_add(-1, labels, activation)
-    total = mass.sum(-1, keepdim=True)
-    probability = mass / total.where(total != 0, 1)
-    # (5) The smallest normal number in place of 0, as 0 ln 0 is 0; and 0 - x, as -x would
-    # make 0 into -0.
-    log_probability = probability.clamp(min=torch.finfo(mass.dtype).tiny).log()
-    entropy = 0 - (probability * log_probability).sum(-1)
-    entropy = entropy + 0 * total.squeeze(-1)  # an infinite mass gives NaN
-    return entropy.mean() if reduction == "mean" else entropy  # (6)
-
-
-def similarity_maps(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    grid: tuple[int, int] | None = None,
-    *,
-    prefix_tokens: int = 1,
-    pool: str = "cls",
-) -> torch.Tensor:
-    """Equation (1) from the queries and keys of any attention layer.
-
-    Args:
-        query, key: floating point (B, heads, N, head_dim), N = prefix_tokens + H * W.
-        grid: (H, W), in patches; None for a square.
-        prefix_tokens: how many tokens stand before the patches: CLS, which is the
-            first, distillation, registers.
-        pool: "cls", the scores of the CLS query; or "mean", for models that have none:
-            the mean of the scores of all patches' queries.
-
-    Returns:
-        (B, heads, H, W), float64 for float64 input, else float32, also under autocast.
-
-    Raises:
-        ValueError: the tokens are not prefix_tokens and a grid, the shapes of query and
-            key differ, or pool is unknown or asks for a CLS token that is not there.
-    """
-    if pool not in ("cls", "mean"):
-        raise ValueError(f'pool must be "cls" or "mean", got {pool!r}')
-    if query.dim() != 4 or query.shape != key.shape:
-        shapes = f"{tuple(query.shape)} and {tuple(key.shape)}"
-        raise ValueError(f"query and key must both be (B, heads, N, d), got {shapes}")
-    precise = torch.promote_types(query.dtype, torch.float32)
-    patches = query.shape[2] - prefix_tokens
-    if grid is None:
-        grid = (math.isqrt(max(patches, 0)),) * 2
-    height, width = grid
-    if height * width != patches or patches < 1 or prefix_tokens < (pool == "cls"):
-        raise ValueError(
-            f"{query.shape[2]} tokens are not {prefix_tokens} before a grid of {height} "
-            f'x {width} patches, with pool="{pool}"'
-        )
-    key = key[:, :, prefix_tokens:]  # (B, heads, H * W, d)
-    if pool == "cls":
-        query = query[:, :, :1]
-    else:  # the mean of the rows <q_i, k> is <mean of q_i, k>
-        query = query[:, :, prefix_tokens:].mean(2, keepdim=True, dtype=precise)
-    # With 8 bits many scores would fall on the wrong side of their mean.
-    with torch.autocast(query.device.type, enabled=False):
-        query, key = query.to(precise), key.to(precise)
-        scores = query * query.shape[-1] ** -0.5 @ key.transpose(-2, -1)
-    return scores.squeeze(2).unflatten(-1, (height, width))
+# ------------------------------------------------------------- checks and benchmark
 
 
 def slow_connected_components(mask: torch.Tensor) -> torch.Tensor:
@@ -406,9 +418,11 @@ def main() -> None:
     parser.add_argument("--device", default="cpu", help="cpu, cuda or mps")
     name = parser.parse_args().device
     try:
-        device = torch.zeros(1, device=name).device
+        probe = torch.zeros(1, device=name)
+        probe.item()  # fails where tensors have no data
     except (RuntimeError, AssertionError):
         parser.exit(2, f"entropy.py: error: PyTorch finds no device {name} here\n")
+    device = probe.device
 
     torch.manual_seed(0)
     grids = ((1, 1), (1, 9), (5, 7), (14, 14), (31, 17))

@@ -207,6 +207,13 @@ def test_number_of_rounds() -> None:
     assert _rounds(1) == []
 
 
+def test_pointers_are_followed_to_their_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In one round a chain of 49 links, as long as it can be, becomes one class."""
+    monkeypatch.setattr(entropy, "_rounds", lambda blocks: [blocks])
+    row = torch.ones(1, 1, 100, dtype=torch.bool)
+    assert _label_blocks(row, stop_early=False)[:, :50].unique().tolist() == [50]
+
+
 def test_more_than_16_bits() -> None:
     mask = serpentine(300, 500)
     assert connected_components(mask)[mask].unique().tolist() == [150 * 250]
@@ -241,7 +248,7 @@ def test_equals_the_slow_twin(height: int, width: int) -> None:
     similarity = random_maps(4, 3, height, width).requires_grad_()
     fast = spatial_entropy(similarity, reduction="none")
     slow = slow_spatial_entropy(similarity)
-    torch.testing.assert_close(fast, slow, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(fast, slow, rtol=0, atol=1e-6)
     weights = random_maps(4, 3)
     fast, slow = (
         torch.autograd.grad((weights * entropy).sum(), similarity)[0]
@@ -259,6 +266,21 @@ def test_equal_blobs(blobs: int) -> None:
     similarity[1:3, ::3] = 1.0
     entropy = spatial_entropy(similarity).item()
     assert math.isclose(entropy, math.log(blobs), rel_tol=1e-6)  # one blob: exactly 0
+
+
+def test_one_pixel_above_the_mean() -> None:
+    similarity = torch.zeros(2, 3, 6, 5)
+    similarity[..., 2, 3] = 1
+    similarity.requires_grad_()
+    entropy = spatial_entropy(similarity, "none")
+    entropy.sum().backward()
+    assert entropy.count_nonzero() == 0
+    assert not entropy.signbit().any()  # 0 and not -0
+    assert similarity.grad.abs().max() < 1e-6
+
+
+def test_no_maps() -> None:
+    assert spatial_entropy(torch.zeros(0, 3, 4, 5), "none").shape == (0, 3)
 
 
 def test_unequal_blobs() -> None:
@@ -311,13 +333,19 @@ def test_constant_maps(value: float) -> None:
 def test_tiny_and_huge_components() -> None:
     """Probabilities down to the smallest float32 harm neither value nor gradient."""
     for tiny in (1e-12, 1e-20, 1e-30, 1e-39, 1e-45):
-        similarity = torch.tensor([[0.0, 1.0, -1.0, tiny]], requires_grad=True)
-        entropy = spatial_entropy(similarity)
-        entropy.backward()
-        torch.testing.assert_close(entropy, slow_spatial_entropy(similarity))
+        similarity = torch.tensor([[0.0, 1.0, -1.0, tiny]]).requires_grad_()
+        fast = spatial_entropy(similarity)
+        fast.backward()
+        exact = similarity.detach().double().requires_grad_()
+        slow = slow_spatial_entropy(exact)
+        slow.backward()
+        torch.testing.assert_close(fast.double(), slow)
+        if tiny > torch.finfo(torch.float32).tiny:
+            torch.testing.assert_close(similarity.grad.double(), exact.grad)
         assert similarity.grad.isfinite().all()
     # Sums that leave the range of float32 are not finite scores any more.
     assert spatial_entropy(torch.tensor([[1e38, 3e38, -3e38, 3e38, 3e38]])).isnan()
+    assert spatial_entropy(torch.tensor([[0, 2e38, -2e38, 2e38, -2e38]])).isnan()
     assert spatial_entropy(
         torch.full((10, 12), 1e37).index_fill(0, torch.tensor([1]), 9e37)
     ).isnan()
@@ -410,7 +438,7 @@ def test_compiled_labels(compile_whole) -> None:
             early = _label_blocks(some, stop_early=True)
             assert unrolled(some, stop_early=False).equal(early)
         assert counter.frame_count == (2 if dynamic else 4)  # not one for each size
-    operator = torch.ops.spatial_entropy.label_blocks.default
+    operator = torch.ops.spatial_entropy.connected_components.default
     torch.library.opcheck(operator, (masks,))
 
 
@@ -450,13 +478,23 @@ def test_cuda_labels_every_named_mask() -> None:
         assert connected_components(mask.cuda()).cpu().equal(connected_components(mask))
 
 
-def test_two_copies_of_the_file() -> None:
-    """A copy under another name does not clash with the first one's operator."""
+def test_nothing_asks_for_data_elsewhere() -> None:
+    """Meta tensors have no data: a step that must see some would fail."""
+    similarity = torch.randn(2, 3, 6, 7, device="meta", requires_grad=True)
+    spatial_entropy(similarity).backward()
+    query, key = torch.randn(2, 3, 4, 10, 5, device="meta")
+    assert similarity_maps(query, key).shape == (3, 4, 3, 3)
+
+
+def test_two_copies_of_the_file(compile_whole) -> None:
+    """A copy under another name replaces the first one's operator by an equal one."""
     spec = importlib.util.spec_from_file_location("copy_of_entropy", entropy.__file__)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     similarity = random_maps(2, 5, 5)
-    assert module.spatial_entropy(similarity).equal(spatial_entropy(similarity))
+    for loss in (spatial_entropy, module.spatial_entropy):
+        assert_same_loss(loss, similarity)
+        assert_same_loss(compile_whole(loss, backend="aot_eager"), similarity)
 
 
 # --------------------------------------------------------------------- similarity maps
@@ -487,22 +525,37 @@ def test_similarity_maps_are_float32_under_autocast() -> None:
     with torch.autocast("cpu", torch.bfloat16):
         maps = similarity_maps(query, key)
     assert maps.equal(similarity_maps(query, key))
-    low = similarity_maps(query.bfloat16(), key.bfloat16())
-    assert low.equal(similarity_maps(query.bfloat16().float(), key.bfloat16().float()))
+    query, key = query.bfloat16(), key.bfloat16()
+    for pool in ("cls", "mean"):
+        maps = similarity_maps(query, key, pool=pool)
+        assert maps.equal(similarity_maps(query.float(), key.float(), pool=pool))
 
 
 def test_similarity_maps_refuse_what_does_not_fit() -> None:
     query = torch.zeros(1, 1, 10, 2)
-    for match, keys, options in (
-        (r"10 tokens .* 1 before .* 2 x 4", query, {"grid": (2, 4)}),
-        (r"10 tokens .* 2 before .* 2 x 2", query, {"prefix_tokens": 2}),
-        (r"10 tokens .* 12 before", query, {"prefix_tokens": 12}),
-        (r"10 tokens .* 0 before .*cls", query, {"grid": (2, 5), "prefix_tokens": 0}),
-        ("'max'", query, {"pool": "max"}),
-        (r"\(1, 10, 2\)", query[0], {}),
+    for match, key, options in (
+        (r"10 tokens, 1 .* 9 patches, .* not 2 x 4", query, {"grid": (2, 4)}),
+        (r"9 patches, .* not -3 x -3", query, {"grid": (-3, -3)}),
+        (r"10 tokens, 2 .* 8 patches, .* a square", query, {"prefix_tokens": 2}),
+        (r"-2 patches", query, {"prefix_tokens": 12}),
+        (r"0 patches", query, {"prefix_tokens": 10}),
+        (r'use pool="mean"', query, {"prefix_tokens": 0}),
+        (r"'max'", query, {"pool": "max"}),
+        (r"\(1, 1, 9, 2\)", query[:, :, 1:], {}),
     ):
         with pytest.raises(ValueError, match=match):
-            similarity_maps(query, keys, **options)
+            similarity_maps(query, key, **options)
+    with pytest.raises(TypeError, match="int64"):
+        similarity_maps(query, query.long())
+
+
+def test_compiled_similarity_maps(compile_whole) -> None:
+    for dynamic in (False, True):
+        maps = compile_whole(similarity_maps, backend="aot_eager", dynamic=dynamic)
+        for shape, grid in (((2, 3, 10, 4), None), ((4, 5, 21, 8), (4, 5))):
+            query, key = random_maps(2, *shape)
+            expected = similarity_maps(query, key, grid)
+            torch.testing.assert_close(maps(query, key, grid), expected)
 
 
 # --------------------------------------------------------------------------- the model
@@ -551,11 +604,9 @@ def test_recipes_of_the_readme(package: str, tmp_path: Path) -> None:
     given = {"images": torch.randn(1, 3, 224, 224), "target": torch.tensor([7])}
     given |= {"criterion": torch.nn.CrossEntropyLoss()}
     names = runpy.run_path(str(tmp_path / "snippet.py"), given)
-    attention = names["attention"]
-    similarity = names.get("similarity", getattr(attention, "similarity", None))
-    assert similarity.shape[2:] == (14, 14)
+    assert names["similarity"].shape[2:] == (14, 14)
     parameters = list(names["model"].parameters())
-    spatial_entropy(similarity).backward()
+    spatial_entropy(names["similarity"]).backward()
     assert parameters[0].grad.count_nonzero() > 0
 
 
