@@ -216,11 +216,10 @@ def spatial_entropy(similarity: torch.Tensor, reduction: str = "mean") -> torch.
     mass = mass.scatter_add(-1, labels, activation)
     total = mass.sum(-1, keepdim=True)
     probability = mass / total.where(total != 0, 1)
-    # (5) The smallest normal number in place of 0, as 0 ln 0 is 0; and 0 - x, as -x would
-    # make 0 into -0.
+    # (5) With the smallest normal number for 0 in the logarithm, as 0 ln 0 is 0. The first
+    # term is 0, or NaN if the total is infinite.
     log_probability = probability.clamp(min=torch.finfo(mass.dtype).tiny).log()
-    entropy = 0 - (probability * log_probability).sum(-1)
-    entropy = entropy + 0 * total.squeeze(-1)  # an infinite mass gives NaN
+    entropy = 0 * total.squeeze(-1) - (probability * log_probability).sum(-1)
     return entropy.mean() if reduction == "mean" else entropy  # (6)
 
 
@@ -248,12 +247,10 @@ def _rounds(blocks: int) -> list[int]:
 
 
 def _label(maps: torch.Tensor, stop_early: bool) -> torch.Tensor:
-    """`connected_components` of bool (M, H, W), none of them 0.
+    """`connected_components` of bool (M, H, W), with M, H and W at least 1.
 
-    Args:
-        maps: the masks.
-        stop_early: end a loop when a step changes nothing, for which the host must see
-            the data; and take a part of the maps at a time.
+    To stop early is to end a loop when a step changes nothing, for which the host must
+    see the data. A part of the maps at a time then needs only its own rounds.
     """
     number, height, width = maps.shape
     parts = maps.chunk(-(-maps.numel() // CPU_PART)) if stop_early else [maps]
