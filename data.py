@@ -447,6 +447,13 @@ def test_transform(img_size: int, *, crop: str) -> v2.Compose:
     return v2.Compose([*steps, v2.ToImage(), v2.ToPureTensor()])
 
 
+def make_mix(mixup: float, cutmix: float, classes: int) -> Callable:
+    """(images, labels) -> the same, mixed by mixup or cutmix, at even odds if both."""
+    mixes = [v2.MixUp(alpha=mixup, num_classes=classes)] if mixup else []
+    mixes += [v2.CutMix(alpha=cutmix, num_classes=classes)] if cutmix else []
+    return v2.RandomChoice(mixes) if mixes else lambda *batch: batch
+
+
 def make_loader(
     dataset: Dataset, batch_size: int, *, train: bool, workers: int, pin_memory: bool
 ) -> DataLoader:

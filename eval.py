@@ -9,6 +9,8 @@ python eval.py --checkpoint runs/NAME/checkpoint.pt --dataset cifar100 --device 
 import argparse
 import math
 import os
+import platform
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -97,6 +99,30 @@ def choose_device(name: str | None) -> torch.device:
             f"device {name} was asked for, but there are {torch.cuda.device_count()}"
         )
     return device
+
+
+def hardware(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    processor = platform.processor() or platform.machine()
+    return f"{device.type} ({processor}, {torch.get_num_threads()} threads)"
+
+
+def say(text: str, stays: bool = True) -> None:
+    """Print a line; one that does not stay is for terminals, and is overwritten."""
+    if not sys.stdout.isatty():
+        if stays:
+            print(text, flush=True)
+        return
+    if not stays:
+        text = text[: shutil.get_terminal_size().columns - 1]
+    print(f"\r\033[K{text}", end="\n" if stays else "", flush=True)
+
+
+def duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
 
 
 def autocast(device: torch.device, amp: bool) -> torch.autocast:

@@ -16,9 +16,11 @@ import pickle
 import re
 import runpy
 import shutil
+import signal
 import subprocess
 import sys
 import tarfile
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Sequence
@@ -978,7 +980,7 @@ def test_lambda_zero_is_the_plain_vit() -> None:
 
 @needs_project
 def test_schedules() -> None:
-    args = argparse.Namespace(**train.RECIPE, sar_lambda=0.01)
+    args = argparse.Namespace(**train.RECIPE, sar_lambda=0.01, sar_schedule="cosine")
     lr, sar_lambda = zip(*(train.rates(epoch, 100, args) for epoch in range(100)))
     assert lr[0] == 1e-6
     assert lr[5] == max(lr) == pytest.approx(5e-4 * 128 / 512)
@@ -992,6 +994,8 @@ def test_schedules() -> None:
     lr, sar_lambda = zip(*(train.rates(step, 8, args) for step in range(8)))
     assert sorted(lr) == list(lr)
     assert max(sar_lambda) == sar_lambda[4] == 0.01
+    args.sar_schedule = "constant"
+    assert {train.rates(step, 8, args)[1] for step in range(8)} == {0.01}
 
 
 @needs_project
@@ -1024,8 +1028,7 @@ def test_the_loop_uses_every_setting(tmp_path, monkeypatch) -> None:
     assert len(seen) == 2
     # The average of three sets of weights: at the start, after one step and after two. The
     # first step has lr 1e-6, so its weights are about those at the start.
-    torch.manual_seed(0)
-    start = vit.VisionTransformer(**saved["architecture"]).state_dict()["head.weight"]
+    start = start_of(saved)
     end, average = (saved[part]["head.weight"] for part in ("model", "model_ema"))
     torch.testing.assert_close(average, 0.9 * start + 0.1 * end, rtol=0, atol=2e-6)
     assert not average.equal(start)
@@ -1034,14 +1037,14 @@ def test_the_loop_uses_every_setting(tmp_path, monkeypatch) -> None:
 @needs_project
 def test_mixing() -> None:
     images, labels = torch.randn(8, 3, 6, 6), torch.arange(8)
-    assert train.make_mix(0, 0, 8)(images, labels)[1] is labels
+    assert data.make_mix(0, 0, 8)(images, labels)[1] is labels
     for mixup, cutmix in ((0.8, 0), (0, 1.0)):
-        mixed, target = train.make_mix(mixup, cutmix, 8)(images, labels)
+        mixed, target = data.make_mix(mixup, cutmix, 8)(images, labels)
         torch.testing.assert_close(target.sum(1), torch.ones(8))
         rolled = images.roll(1, 0)
         pasted = (mixed == images) | (mixed == rolled)
         assert pasted.all() == bool(cutmix)
-    names = {type(mix).__name__ for mix in train.make_mix(0.8, 1.0, 8).transforms}
+    names = {type(mix).__name__ for mix in data.make_mix(0.8, 1.0, 8).transforms}
     assert names == {"MixUp", "CutMix"}
 
 
@@ -1224,6 +1227,62 @@ def test_a_resumed_run_is_the_same_run(tmp_path, monkeypatch) -> None:
 
 
 @needs_project
+@pytest.mark.parametrize("clip", ["", "--clip-grad 0.1"])
+def test_accumulated_batches_are_one_larger_batch(clip, tmp_path, monkeypatch) -> None:
+    def sgd(model: torch.nn.Module, _: float) -> torch.optim.Optimizer:
+        return torch.optim.SGD(model.parameters(), 0.1)
+
+    monkeypatch.setattr(train, "make_optimizer", sgd)  # AdamW forgives a wrong scale
+    write_fashion_mnist(tmp_path / "data")
+    command = f"train {TINY} --data-dir {tmp_path}/data --drop-path 0 --mixup 0 {clip}"
+    command += " --cutmix 0 --warmup-epochs 0 --lr 2 --batch-size"
+    weights = []
+    for size in ("10", "5 --accumulate 2", "5"):
+        folder = tmp_path / str(len(weights))
+        assert run(monkeypatch, f"{command} {size} --output-dir {folder}") == 0
+        saved = torch.load(folder / "checkpoint.pt", weights_only=True)
+        weights.append(saved["model"]["head.weight"])
+    torch.testing.assert_close(weights[0], weights[1], rtol=0, atol=1e-6)
+    assert (weights[0] - weights[2]).abs().max() > 1e-5
+    assert ((weights[0] - start_of(saved)).norm() < 0.02) == bool(clip)
+
+
+def start_of(saved: dict) -> torch.Tensor:
+    torch.manual_seed(0)
+    return vit.VisionTransformer(**saved["architecture"]).state_dict()["head.weight"]
+
+
+@needs_project
+@pytest.mark.parametrize("name, code", [("TERM", 143), ("INT", 130), ("KILL", -9)])
+def test_a_killed_run_is_continued(name, code, tmp_path, monkeypatch) -> None:
+    """A signal at any time, and the same weights in the end as without it."""
+    write_fashion_mnist(tmp_path / "data")
+    options = f"{TINY} --epochs 30 --data-dir {tmp_path}/data --output-dir"
+    folder = tmp_path / "killed"
+    command = [sys.executable, HERE / "train.py", *options.split(), folder]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        while not (folder / "checkpoint.pt").exists():
+            assert process.poll() is None
+            time.sleep(0.01)
+        process.send_signal(getattr(signal, f"SIG{name}"))
+        output, _ = process.communicate(timeout=60)
+    assert process.returncode == code
+    assert ("holds the last good epoch, which --resume" in output) == (name != "KILL")
+    assert 0 < torch.load(folder / "checkpoint.pt", weights_only=True)["epoch"] < 30
+    if name != "KILL":
+        return
+    assert run(monkeypatch, f"train {options} {folder} --resume") == 0
+    assert run(monkeypatch, f"train {options} {tmp_path}/whole") == 0
+    killed, whole = (
+        torch.load(tmp_path / name / "checkpoint.pt", weights_only=True)
+        for name in ("killed", "whole")
+    )
+    for key, value in whole["model"].items():
+        assert value.equal(killed["model"][key])
+    assert [line["epoch"] for line in killed["log"][1:]] == list(range(1, 31))
+
+
+@needs_project
 def test_the_papers_protocol(tmp_path, monkeypatch) -> None:
     """`train.py --dataset cifar100 --sar-lambda 0.01` on a miniature, one step."""
     write_cifar100(tmp_path / "data", archive=True)
@@ -1266,6 +1325,7 @@ BAD_INPUT = {
     "train --output-dir used/checkpoint.pt": "used/checkpoint.pt",
     "train --finetune none.pt": "no checkpoint at none.pt",
     "train --train-size 100000": "100000 images",
+    "train --accumulate 9": "--accumulate exceeds an epoch's 2 batches",
     "train --device tpu": "tpu",
     "train --dataset cifar100 --device cuda": "device cuda was asked for",
     "eval": "no checkpoint at runs/*/checkpoint.pt",

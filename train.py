@@ -16,25 +16,27 @@ import argparse
 import contextlib
 import copy
 import importlib
+import itertools
 import json
 import math
 import os
 import platform
 import re
-import shutil
+import signal
 import statistics
 import sys
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 import torch.nn.functional as F
 import torchvision
+from torch.nn.utils import clip_grad_norm_
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torch.utils.data import DataLoader
-from torchvision.transforms import v2
 
 from data import (
     CROPS,
@@ -43,12 +45,23 @@ from data import (
     default_crop,
     load_dataset,
     make_loader,
+    make_mix,
     normalizer,
     test_transform,
     train_transform,
 )
 from entropy import spatial_entropy
-from eval import Parser, autocast, choose_device, evaluate, load_run, number
+from eval import (
+    Parser,
+    autocast,
+    choose_device,
+    duration,
+    evaluate,
+    hardware,
+    load_run,
+    number,
+    say,
+)
 from model import MODELS, VisionTransformer, load_weights
 
 # The authors' recipe for small data sets: DeiT's, for 100 epochs.
@@ -65,6 +78,8 @@ RECIPE = {
     "warmup_lr": 1e-6,
     "warmup_epochs": 5.0,
     "weight_decay": 0.05,
+    "clip_grad": None,
+    "accumulate": 1,
     "smoothing": 0.1,
     "aa": "rand-m9",
     "reprob": 0.25,
@@ -119,18 +134,21 @@ def rates(step: int, total: int, args: argparse.Namespace) -> tuple[float, float
     """Learning rate and lambda of a step, 0 to total - 1.
 
     The authors' schedules, step by step instead of epoch by epoch: lambda rises from 0
-    for 10 epochs (half of a run shorter than 20) and falls to 0 by a cosine.
+    for 10 epochs (half of a run shorter than 20) and falls to 0 by a cosine; or it is
+    constant.
     """
     progress = step / total
     warmup = min(args.warmup_epochs / args.epochs, 1)
     lr = schedule(progress, warmup, args.warmup_lr, peak_lr(args), args.min_lr)
+    if args.sar_schedule == "constant":
+        return lr, args.sar_lambda
     warmup = min(SAR_WARMUP_EPOCHS / args.epochs, 0.5)
     return lr, schedule(progress, warmup, 0.0, args.sar_lambda, 0.0)
 
 
 def peak_lr(args: argparse.Namespace) -> float:
     """The learning rate scaled to the batch, by the linear rule of arXiv 1706.02677."""
-    return args.lr * args.batch_size / 512
+    return args.lr * args.batch_size * args.accumulate / 512
 
 
 def losses(
@@ -182,13 +200,6 @@ def make_optimizer(model: torch.nn.Module, weight_decay: float) -> torch.optim.A
     return torch.optim.AdamW(groups, weight_decay=weight_decay, fused=True)
 
 
-def make_mix(mixup: float, cutmix: float, classes: int) -> Callable:
-    """(images, labels) -> the same, mixed by mixup or cutmix, at even odds if both."""
-    mixes = [v2.MixUp(alpha=mixup, num_classes=classes)] if mixup else []
-    mixes += [v2.CutMix(alpha=cutmix, num_classes=classes)] if cutmix else []
-    return v2.RandomChoice(mixes) if mixes else lambda *batch: batch
-
-
 # ----------------------------------------------------------------------- command line
 
 
@@ -216,12 +227,8 @@ def make_parser(recipe: dict) -> Parser:
     crop = "a random area, as for ImageNet; the whole image, shifted by up to an "
     crop += "eighth; or unshifted. If left out: padded up to 32 px, resized above"
     add("--crop", choices=CROPS, help=crop)
-    add(
-        "--aa",
-        type=randaugment,
-        metavar="rand-mM",
-        help="RandAugment, M of 10, or none",
-    )
+    aa = "RandAugment, M of 10, or none"
+    add("--aa", type=randaugment, metavar="rand-mM", help=aa)
     add("--reprob", type=share, metavar="P", help="probability of random erasing")
     add("--mixup", type=amount, metavar="ALPHA", help="mixup; 0 is off")
     add("--cutmix", type=amount, metavar="ALPHA", help="cutmix; 0 is off")
@@ -241,18 +248,25 @@ def make_parser(recipe: dict) -> Parser:
     sar_lambda = "weight of the spatial entropy: rises for 10 epochs (half of a run "
     sar_lambda += "shorter than 20), falls to 0 by a cosine; 0 is the plain ViT"
     add("--sar-lambda", type=amount, default=0.01, metavar="L", help=sar_lambda)
+    shape = "of lambda: as said above, or constant from the first step to the last"
+    add("--sar-schedule", choices=("cosine", "constant"), default="cosine", help=shape)
     last_skip = "skip connection around the last attention; if left out the paper's "
     last_skip += "pairing, kept only if lambda is 0"
     add("--last-skip", action=yes_or_no, help=last_skip)
 
     add = parser.add_argument_group("optimization").add_argument
     add("--epochs", type=whole, metavar="N", help="passes over the training set")
-    add("--batch-size", type=whole, metavar="N", help="images a step")
+    add("--batch-size", type=whole, metavar="N", help="images at a time")
+    accumulate = "batches that make a step, for one larger than the memory holds"
+    add("--accumulate", type=whole, metavar="N", help=accumulate)
     add("--lr", type=amount, metavar="LR", help="peak, per 512 images of a batch")
     add("--min-lr", type=amount, metavar="LR", help="at the end of the cosine")
     add("--warmup-lr", type=amount, metavar="LR", help="at the start of the warm-up")
     add("--warmup-epochs", type=amount, metavar="N", help="epochs of linear warm-up")
     add("--weight-decay", type=amount, metavar="WD", help="of weight matrices alone")
+    add(
+        "--clip-grad", type=number(1e-12), metavar="N", help="most norm of the gradient"
+    )
     add("--smoothing", type=share, metavar="EPS", help="label smoothing")
     add("--model-ema", action=yes_or_no, help="also average and evaluate the weights")
     add("--model-ema-decay", type=share, metavar="D", help="of the average, per step")
@@ -289,23 +303,6 @@ def parse_arguments() -> tuple[Parser, argparse.Namespace]:
 # ------------------------------------------------------------------------------- one run
 
 
-def say(text: str, stays: bool = True) -> None:
-    """Print a line; one that does not stay is for terminals, and is overwritten."""
-    if not sys.stdout.isatty():
-        if stays:
-            print(text, flush=True)
-        return
-    if not stays:
-        text = text[: shutil.get_terminal_size().columns - 1]
-    print(f"\r\033[K{text}", end="\n" if stays else "", flush=True)
-
-
-def duration(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
-
-
 def resolve(args: argparse.Namespace) -> torch.device:
     """Fill in the settings that were left out; returns the device.
 
@@ -338,13 +335,6 @@ def architecture(args: argparse.Namespace, classes: int) -> dict:
     names = ("img_size", "patch_size", "drop_path", "last_skip", "pool")
     chosen = {name: getattr(args, name) for name in names}
     return {**MODELS[args.model], **chosen, "num_classes": classes}
-
-
-def hardware(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    processor = platform.processor() or platform.machine()
-    return f"{device.type} ({processor}, {torch.get_num_threads()} threads)"
 
 
 def check_output_dir(
@@ -395,6 +385,8 @@ def prepare(args: argparse.Namespace, device: torch.device) -> tuple:
     options = {"workers": args.workers, "pin_memory": device.type == "cuda"}
     train_loader = make_loader(train_set, args.batch_size, train=True, **options)
     test_loader = make_loader(test_set, args.batch_size, train=False, **options)
+    if len(train_loader) < args.accumulate:
+        raise ValueError(f"--accumulate exceeds an epoch's {len(train_loader)} batches")
     if checkpoint and checkpoint["classes"] != classes:
         raise ValueError(f"the run in {args.output_dir} has other classes")
     if model is None:
@@ -422,7 +414,8 @@ def prepare(args: argparse.Namespace, device: torch.device) -> tuple:
     sizes = f"{len(train_set)} training and {len(test_set)} test images"
     say(f"{args.dataset}: {sizes}, {len(classes)} classes")
     say(f"{hardware(device)}, {'bfloat16' if args.amp else 'float32'}")
-    scaled = f"{args.lr:g} * {args.batch_size} / 512 = {peak_lr(args):.3g}"
+    batch = args.batch_size * args.accumulate
+    scaled = f"{args.lr:g} * {batch} / 512 = {peak_lr(args):.3g}"
     say(f"learning rate {scaled}, lambda {args.sar_lambda:g}")
     if checkpoint:
         say(f"resuming after {checkpoint['epoch']} of {args.epochs} epochs")
@@ -444,14 +437,16 @@ def train(
         OSError: an image cannot be read, or a file not be written.
     """
     model.to(device)
-    step_model, regularizer = compiled(model, args), compiled(spatial_entropy, args)
+    step_model = compiled(model, args)
+    options = {"smoothing": args.smoothing, "amp": args.amp}
+    options["regularizer"] = compiled(spatial_entropy, args)
     optimizer = make_optimizer(model, args.weight_decay)
     ema = copy.deepcopy(model).requires_grad_(False) if args.model_ema else None
     update_ema = get_ema_multi_avg_fn(args.model_ema_decay)
     normalize = normalizer(args.dataset, device)
     mix = make_mix(args.mixup, args.cutmix, len(checkpoint["classes"]))
-    steps, total = len(train_loader), args.epochs * len(train_loader)
-    first = checkpoint["epoch"] * steps
+    steps = len(train_loader) // args.accumulate
+    first, total = checkpoint["epoch"] * steps, args.epochs * steps
     if first:
         optimizer.load_state_dict(checkpoint["optimizer"])
         if ema:
@@ -467,35 +462,34 @@ def train(
         model.train()
         sums = torch.zeros(2, device=device)  # of cross-entropy and spatial entropy
         epoch_start = shown = time.perf_counter()
-        for step, (images, labels) in enumerate(train_loader, 1):
+        batches = iter(train_loader)
+        for step in range(1, steps + 1):
             done = epoch * steps + step
             lr, sar_lambda = rates(done - 1, total, args)
             for group in optimizer.param_groups:
                 group["lr"] = lr
-            images = normalize(images.to(device, non_blocking=True))
-            images, target = mix(images, labels.to(device, non_blocking=True))
-            loss, *terms = losses(
-                step_model,
-                images,
-                target,
-                sar_lambda=sar_lambda if args.sar_lambda else None,
-                smoothing=args.smoothing,
-                amp=args.amp,
-                regularizer=regularizer,
-            )
             optimizer.zero_grad()
-            loss.backward()
+            for images, labels in itertools.islice(batches, args.accumulate):
+                images = normalize(images.to(device, non_blocking=True))
+                images, target = mix(images, labels.to(device, non_blocking=True))
+                weight = sar_lambda if args.sar_lambda else None
+                loss, *terms = losses(
+                    step_model, images, target, sar_lambda=weight, **options
+                )
+                (loss / args.accumulate).backward()
+                sums += torch.stack(terms) / args.accumulate
+            if args.clip_grad:
+                clip_grad_norm_(model.parameters(), args.clip_grad)
             optimizer.step()
             if ema:
                 update_ema(list(ema.parameters()), list(model.parameters()), None)
-            sums += torch.stack(terms)
 
             if step < steps and time.perf_counter() - shown < 0.5:
                 continue
             # Only here, twice a second, does the host wait for the device.
             train_loss, train_entropy = (sums / step).tolist()
             shown = time.perf_counter()
-            speed = step * args.batch_size / (shown - epoch_start)
+            speed = step * args.accumulate * args.batch_size / (shown - epoch_start)
             left = duration((shown - start) / (done - first) * (total - done))
             if not math.isfinite(train_loss + train_entropy):
                 raise FloatingPointError(
@@ -612,7 +606,13 @@ def benchmark(args: argparse.Namespace, device: torch.device) -> None:
         )
 
 
+def terminate(*_: object) -> NoReturn:
+    """SIGTERM ends a run as Ctrl-C does, but for the exit code."""
+    raise KeyboardInterrupt(143)
+
+
 def main() -> None:
+    signal.signal(signal.SIGTERM, terminate)
     parser, args = parse_arguments()
     try:
         device = resolve(args)
@@ -627,9 +627,9 @@ def main() -> None:
         tempfile.TemporaryFile(dir=folder).close()  # fails now if it is not writable
     except (OSError, ValueError) as error:
         parser.error(" ".join(str(error).split()))
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
         say("stopped; nothing was written")
-        sys.exit(130)
+        sys.exit(*(stop.args or [130]))
     checkpoint = folder / "checkpoint.pt"
     say(f"writing to {folder}")
     try:
@@ -640,7 +640,7 @@ def main() -> None:
             kept = f"{checkpoint} holds the last good epoch, which --resume continues"
         if isinstance(stop, KeyboardInterrupt):
             say(f"stopped; {kept}")
-            sys.exit(130)
+            sys.exit(*(stop.args or [130]))
         # A worker process puts its traceback first; the last line says what is wrong.
         parser.error(f"{str(stop).strip().splitlines()[-1]}; {kept}")
     say(f"next: python eval.py --checkpoint {checkpoint} --attention attention.png")
