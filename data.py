@@ -18,13 +18,13 @@ import pickle
 import tarfile
 import tempfile
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import DataLoader, Dataset, Sampler, Subset
 from torchvision import datasets
 from torchvision.datasets.folder import default_loader, find_classes
 from torchvision.datasets.utils import extract_archive
@@ -454,14 +454,52 @@ def make_mix(mixup: float, cutmix: float, classes: int) -> Callable:
     return v2.RandomChoice(mixes) if mixes else lambda *batch: batch
 
 
+class SeededItems(Dataset):
+    """Items by (index, seed): all chance in an item follows from its own seed.
+
+    So augmentation does not depend on which process loads an item, nor after which.
+    """
+
+    def __init__(self, dataset: Dataset) -> None:
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, key: tuple[int, int]) -> tuple:
+        index, seed = key
+        state = torch.default_generator.get_state()
+        torch.default_generator.manual_seed(seed)
+        try:
+            return self.dataset[index]
+        finally:
+            torch.default_generator.set_state(state)
+
+
+class EpochSampler(Sampler):
+    """(index, seed) of all items, in an order that follows from the epoch's seed."""
+
+    def __init__(self, count: int) -> None:
+        self.count, self.epoch_seed = count, 0
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        generator = torch.Generator().manual_seed(self.epoch_seed)
+        order = torch.randperm(self.count, generator=generator).tolist()
+        seeds = torch.randint(2**62, (self.count,), generator=generator).tolist()
+        return zip(order, seeds)
+
+
 def make_loader(
     dataset: Dataset, batch_size: int, *, train: bool, workers: int, pin_memory: bool
 ) -> DataLoader:
     """Batches of images, uint8 (B, 3, H, W), and labels, int64 (B).
 
-    A training loader shuffles, drops the incomplete last batch, and draws its order and
-    its workers' seeds from `loader.generator`, so that seeding that before an epoch
-    fixes the epoch.
+    A training loader shuffles and drops the incomplete last batch. Set
+    `loader.sampler.epoch_seed` before an epoch: it fixes all that loading leaves to
+    chance, for any number of workers. These persist from epoch to epoch.
 
     Raises:
         ValueError: a training set smaller than one batch.
@@ -471,13 +509,14 @@ def make_loader(
             f"batch size {batch_size} exceeds the {len(dataset)} training images"
         )
     return DataLoader(
-        dataset,
+        SeededItems(dataset) if train else dataset,
         batch_size,
-        shuffle=train,
+        sampler=EpochSampler(len(dataset)) if train else None,
         drop_last=train,
         num_workers=workers,
+        persistent_workers=workers > 0,
         pin_memory=pin_memory,
-        generator=torch.Generator(),
+        generator=torch.Generator(),  # and not the one that the model draws from
     )
 
 

@@ -1283,6 +1283,38 @@ def test_a_killed_run_is_continued(name, code, tmp_path, monkeypatch) -> None:
 
 
 @needs_project
+def test_workers_do_not_change_a_run(tmp_path, monkeypatch) -> None:
+    write_fashion_mnist(tmp_path / "data")
+    command = f"train {TINY} --data-dir {tmp_path}/data --workers"
+    weights = []
+    for workers in (0, 2):
+        folder = tmp_path / str(workers)
+        assert run(monkeypatch, f"{command} {workers} --output-dir {folder}") == 0
+        saved = torch.load(folder / "checkpoint.pt", weights_only=True)
+        weights.append(saved["model"]["head.weight"])
+    assert weights[0].equal(weights[1])
+
+
+@needs_project
+def test_each_epoch_draws_anew(tmp_path: Path) -> None:
+    write_fashion_mnist(tmp_path)
+    options = {"crop": "padded", "rand_augment": 9, "reprob": 0.5}
+    augment = data.train_transform("fashion-mnist", 28, **options)
+    dataset = data.load_dataset("fashion-mnist", tmp_path, "train", augment)
+    loader = data.make_loader(dataset, 20, train=True, workers=0, pin_memory=False)
+
+    def epoch(seed: int) -> torch.Tensor:
+        loader.sampler.epoch_seed = seed
+        state = torch.get_rng_state()
+        ((images, labels),) = loader
+        assert torch.get_rng_state().equal(state)  # the model's chance is untouched
+        return images[labels.argsort(stable=True)]
+
+    assert epoch(1).equal(epoch(1))
+    assert not epoch(1).equal(epoch(2))
+
+
+@needs_project
 def test_the_papers_protocol(tmp_path, monkeypatch) -> None:
     """`train.py --dataset cifar100 --sar-lambda 0.01` on a miniature, one step."""
     write_cifar100(tmp_path / "data", archive=True)

@@ -458,7 +458,7 @@ def train(
         # resumed run is the same as one that was never stopped.
         epoch_seed = args.seed + 1_000_003 * (epoch + 1)
         torch.manual_seed(epoch_seed)
-        train_loader.generator.manual_seed(epoch_seed)
+        train_loader.sampler.epoch_seed = epoch_seed
         model.train()
         sums = torch.zeros(2, device=device)  # of cross-entropy and spatial entropy
         epoch_start = shown = time.perf_counter()
