@@ -150,11 +150,11 @@ def connected_components(mask: torch.Tensor) -> torch.Tensor:
     Method: the pixels of a 2x2 block all touch, so blocks are labelled instead, a
     quarter as many. Two blocks are linked where a foreground pixel of one touches one
     of the other. Each block starts with its own label; blocks with the same label are a
-    class. A round (a) finds for each block the largest label among the blocks linked to
-    it, (b) points each class to the largest label its blocks found (hooking: a
-    scatter-max into a table of labels), and (c) follows the pointers to their ends by
-    squaring the table (pointer jumping). Thus a class takes a label that is at least as
-    large as those of all classes it touches.
+    class. A round (a) finds for each block the largest label among itself and the
+    blocks linked to it, (b) points each class to the largest label its blocks found
+    (hooking: a scatter-max into a table of labels), and (c) follows the pointers to
+    their ends by squaring the table (pointer jumping). Thus a class takes a label that
+    is at least as large as those of all classes it touches.
 
     Why the rounds of `_rounds` suffice: labels only grow and never leave their
     component, and two rounds at least halve the classes of an unfinished component:
