@@ -1081,7 +1081,7 @@ def test_a_run_that_is_not_finite_keeps_its_last_good_epoch(
     broken = {"loss": math.nan}
     monkeypatch.setattr(train, "evaluate", lambda *given: evaluate(*given) | broken)
     assert run(monkeypatch, command.replace("/run", "/other")) == 2
-    assert "nothing was written" in capsys.readouterr().err
+    assert "no epoch was finished" in capsys.readouterr().err
     assert not (tmp_path / "other" / "checkpoint.pt").exists()
 
 
@@ -1255,16 +1255,17 @@ def start_of(saved: dict) -> torch.Tensor:
 @needs_project
 @pytest.mark.parametrize("name, code", [("TERM", 143), ("INT", 130), ("KILL", -9)])
 def test_a_killed_run_is_continued(name, code, tmp_path, monkeypatch) -> None:
-    """A signal at any time, and the same weights in the end as without it."""
+    """A signal to it and its worker, and the same weights in the end as without."""
     write_fashion_mnist(tmp_path / "data")
-    options = f"{TINY} --epochs 30 --data-dir {tmp_path}/data --output-dir"
+    options = f"{TINY} --epochs 30 --data-dir {tmp_path}/data --workers 1 --output-dir"
     folder = tmp_path / "killed"
     command = [sys.executable, HERE / "train.py", *options.split(), folder]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+    pipes = {"stdout": subprocess.PIPE, "text": True, "start_new_session": True}
+    with subprocess.Popen(command, **pipes) as process:
         while not (folder / "checkpoint.pt").exists():
             assert process.poll() is None
             time.sleep(0.01)
-        process.send_signal(getattr(signal, f"SIG{name}"))
+        os.killpg(process.pid, getattr(signal, f"SIG{name}"))
         output, _ = process.communicate(timeout=60)
     assert process.returncode == code
     assert ("holds the last good epoch, which --resume" in output) == (name != "KILL")

@@ -232,7 +232,8 @@ def make_parser(recipe: dict) -> Parser:
     add("--reprob", type=share, metavar="P", help="probability of random erasing")
     add("--mixup", type=amount, metavar="ALPHA", help="mixup; 0 is off")
     add("--cutmix", type=amount, metavar="ALPHA", help="cutmix; 0 is off")
-    workers = "processes that load images; if left out none on a CPU, else 16 at most"
+    workers = "processes for training images, and as many for test images; if left out "
+    workers += "none on a CPU, else 16 at most"
     add("--workers", type=count, metavar="N", help=workers)
 
     add = parser.add_argument_group("model").add_argument
@@ -248,7 +249,7 @@ def make_parser(recipe: dict) -> Parser:
     sar_lambda = "weight of the spatial entropy: rises for 10 epochs (half of a run "
     sar_lambda += "shorter than 20), falls to 0 by a cosine; 0 is the plain ViT"
     add("--sar-lambda", type=amount, default=0.01, metavar="L", help=sar_lambda)
-    shape = "of lambda: as said above, or constant from the first step to the last"
+    shape = "lambda rises and falls, or is constant from the first step to the last"
     add("--sar-schedule", choices=("cosine", "constant"), default="cosine", help=shape)
     last_skip = "skip connection around the last attention; if left out the paper's "
     last_skip += "pairing, kept only if lambda is 0"
@@ -257,15 +258,18 @@ def make_parser(recipe: dict) -> Parser:
     add = parser.add_argument_group("optimization").add_argument
     add("--epochs", type=whole, metavar="N", help="passes over the training set")
     add("--batch-size", type=whole, metavar="N", help="images at a time")
-    accumulate = "batches that make a step, for one larger than the memory holds"
+    accumulate = "batches that make a step; its rest of an epoch is left out"
     add("--accumulate", type=whole, metavar="N", help=accumulate)
-    add("--lr", type=amount, metavar="LR", help="peak, per 512 images of a batch")
+    add("--lr", type=amount, metavar="LR", help="peak, per 512 images of a step")
     add("--min-lr", type=amount, metavar="LR", help="at the end of the cosine")
     add("--warmup-lr", type=amount, metavar="LR", help="at the start of the warm-up")
     add("--warmup-epochs", type=amount, metavar="N", help="epochs of linear warm-up")
     add("--weight-decay", type=amount, metavar="WD", help="of weight matrices alone")
     add(
-        "--clip-grad", type=number(1e-12), metavar="N", help="most norm of the gradient"
+        "--clip-grad",
+        type=number(1e-12),
+        metavar="N",
+        help="clip the gradient to this norm",
     )
     add("--smoothing", type=share, metavar="EPS", help="label smoothing")
     add("--model-ema", action=yes_or_no, help="also average and evaluate the weights")
@@ -464,6 +468,7 @@ def train(
         epoch_start = shown = time.perf_counter()
         batches = iter(train_loader)
         for step in range(1, steps + 1):
+            check_signals()
             done = epoch * steps + step
             lr, sar_lambda = rates(done - 1, total, args)
             for group in optimizer.param_groups:
@@ -533,6 +538,7 @@ def train(
             f"loss {test['loss']:.3f}  spatial entropy {test['entropy']:.3f} | "
             f"lr {lr:.1e}  lambda {sar_lambda:.4f}  {speed:.0f} images/s  {left} left"
         )
+        check_signals()
 
 
 def save(folder: Path, checkpoint: dict) -> None:
@@ -541,14 +547,20 @@ def save(folder: Path, checkpoint: dict) -> None:
     Raises:
         OSError: the disk is full, or the like; what stood there before still stands.
     """
+    replace(folder / "checkpoint.pt", lambda file: torch.save(checkpoint, file))
     lines = "".join(json.dumps(line) + "\n" for line in checkpoint["log"])
+    replace(folder / "log.jsonl", lambda file: file.write_text(lines))
+
+
+def replace(file: Path, write: Callable[[Path], object]) -> None:
+    partial = file.with_name(f"{file.name}.partial")
     try:
-        torch.save(checkpoint, folder / "checkpoint.pt.partial")
+        write(partial)
+        partial.replace(file)
     except RuntimeError as error:  # the zip writer's word for a full disk
-        raise OSError(f"checkpoint.pt.partial cannot be written: {error}") from error
-    (folder / "checkpoint.pt.partial").replace(folder / "checkpoint.pt")
-    (folder / "log.jsonl.partial").write_text(lines)
-    (folder / "log.jsonl.partial").replace(folder / "log.jsonl")
+        raise OSError(f"{partial.name} cannot be written: {error}") from error
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def benchmark(args: argparse.Namespace, device: torch.device) -> None:
@@ -606,14 +618,30 @@ def benchmark(args: argparse.Namespace, device: torch.device) -> None:
         )
 
 
-def terminate(*_: object) -> NoReturn:
-    """SIGTERM ends a run as Ctrl-C does, but for the exit code."""
-    raise KeyboardInterrupt(143)
+signals: list[int] = []  # that have ended the run: one at most
 
 
-def main() -> None:
-    signal.signal(signal.SIGTERM, terminate)
-    parser, args = parse_arguments()
+def take_signal(number: int, _: object) -> NoReturn:
+    """Ctrl-C and SIGTERM end a run once; what follows is no news.
+
+    The exception can be lost where Python calls back, as while a worker is forked:
+    so `check_signals` asks again.
+    """
+    signals.append(number)
+    for each in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(each, signal.SIG_IGN)
+    if hasattr(signal, "SIGCHLD"):  # workers that the same signal ended
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    raise KeyboardInterrupt
+
+
+def check_signals() -> None:
+    if signals:
+        raise KeyboardInterrupt
+
+
+def start(parser: Parser, args: argparse.Namespace) -> None:
+    """What the command line asks for; errors end in one sentence and exit code 2."""
     try:
         device = resolve(args)
         with torch.device("meta"):  # sizes are checked before any data is read
@@ -626,24 +654,39 @@ def main() -> None:
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()  # fails now if it is not writable
     except (OSError, ValueError) as error:
+        check_signals()
         parser.error(" ".join(str(error).split()))
-    except KeyboardInterrupt as stop:
-        say("stopped; nothing was written")
-        sys.exit(*(stop.args or [130]))
-    checkpoint = folder / "checkpoint.pt"
     say(f"writing to {folder}")
     try:
         train(args, device, *parts)
-    except (FloatingPointError, KeyboardInterrupt, OSError) as stop:
-        kept = "nothing was written"
-        if checkpoint.exists():
-            kept = f"{checkpoint} holds the last good epoch, which --resume continues"
-        if isinstance(stop, KeyboardInterrupt):
-            say(f"stopped; {kept}")
-            sys.exit(*(stop.args or [130]))
+    except (FloatingPointError, OSError) as error:
+        check_signals()
         # A worker process puts its traceback first; the last line says what is wrong.
-        parser.error(f"{str(stop).strip().splitlines()[-1]}; {kept}")
+        parser.error(f"{str(error).strip().splitlines()[-1]}; {kept(args)}")
+    checkpoint = folder / "checkpoint.pt"
     say(f"next: python eval.py --checkpoint {checkpoint} --attention attention.png")
+
+
+def kept(args: argparse.Namespace) -> str:
+    checkpoint = Path(args.output_dir or "") / "checkpoint.pt"
+    if args.output_dir and checkpoint.exists():
+        return f"{checkpoint} holds the last good epoch, which --resume continues"
+    return "no epoch was finished"
+
+
+def main() -> None:
+    parser, args = parse_arguments()
+    signals.clear()
+    for each in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(each, take_signal)
+    try:
+        start(parser, args)
+    except BaseException as error:
+        # A signal may also show as the error of a worker that it ended.
+        if not signals and not isinstance(error, KeyboardInterrupt):
+            raise
+        say(f"stopped; {kept(args)}")
+        sys.exit(128 + (signals or [signal.SIGINT])[0])
 
 
 if __name__ == "__main__":
