@@ -481,8 +481,9 @@ def benchmark(device: torch.device) -> None:
                 times[name].append(time.perf_counter() - start)
         if side == 14:
             print(
-                f"ms for {images} images x 6 heads, medians of {repeats}; the loss with its gradient"
+                f"ms for {images} images x 6 heads, medians of {repeats} calls in turn;"
             )
+            print("labels of the connected components, and the loss with its gradient")
             for words in zip(*(name.split() for name in calls)):
                 print(f"{'':7}" + "".join(f"{word:>12}" for word in words))
         row = {name: 1e3 * statistics.median(values) for name, values in times.items()}

@@ -258,7 +258,7 @@ def make_parser(recipe: dict) -> Parser:
     add = parser.add_argument_group("optimization").add_argument
     add("--epochs", type=whole, metavar="N", help="passes over the training set")
     add("--batch-size", type=whole, metavar="N", help="images at a time")
-    accumulate = "batches that make a step; its rest of an epoch is left out"
+    accumulate = "batches that make a step; a last, incomplete step is left out"
     add("--accumulate", type=whole, metavar="N", help=accumulate)
     add("--lr", type=amount, metavar="LR", help="peak, per 512 images of a step")
     add("--min-lr", type=amount, metavar="LR", help="at the end of the cosine")
@@ -269,7 +269,7 @@ def make_parser(recipe: dict) -> Parser:
         "--clip-grad",
         type=number(1e-12),
         metavar="N",
-        help="clip the gradient to this norm",
+        help="clip the gradient to this norm; not at all, if left out",
     )
     add("--smoothing", type=share, metavar="EPS", help="label smoothing")
     add("--model-ema", action=yes_or_no, help="also average and evaluate the weights")
@@ -668,8 +668,11 @@ def start(parser: Parser, args: argparse.Namespace) -> None:
 
 
 def kept(args: argparse.Namespace) -> str:
-    checkpoint = Path(args.output_dir or "") / "checkpoint.pt"
-    if args.output_dir and checkpoint.exists():
+    """What a run that ends early leaves behind, in words."""
+    if args.benchmark or not args.output_dir:
+        return "nothing was written"
+    checkpoint = Path(args.output_dir) / "checkpoint.pt"
+    if checkpoint.exists():
         return f"{checkpoint} holds the last good epoch, which --resume continues"
     return "no epoch was finished"
 
