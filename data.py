@@ -14,14 +14,20 @@ mask.
 import contextlib
 import io
 import math
+import os
 import pickle
+import struct
 import tarfile
 import tempfile
+import zipfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch.utils.data import DataLoader, Dataset, Sampler, Subset
@@ -30,51 +36,115 @@ from torchvision.datasets.folder import default_loader, find_classes
 from torchvision.datasets.utils import extract_archive
 from torchvision.transforms import v2
 
-IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 @dataclass(frozen=True)
 class Source:
-    """What is known of a data set: its statistics, where it lies and how to get it."""
+    """What is known of a data set: where it lies, how to get it, its statistics.
 
-    mean: tuple[float, float, float]  # of the channels, on the scale 0 to 1
-    std: tuple[float, float, float]
-    path: str = ""  # where it is looked for, under the data directory
-    hint: str = ""  # how a user gets it there
-    torchvision: type | None = (
-        None  # the class that reads it, by (root, train=, download=)
-    )
-    archives: dict[str, str] = field(
-        default_factory=dict
-    )  # archive -> what it unpacks to
+    Splits are found in one of three ways: `torchvision` reads them, with these keyword
+    arguments; or each is a folder of folders named by class, or a list of files.
+    """
+
+    train: dict | str = "train"
+    test: dict | str = "val"
+    torchvision: type | None = None
+    path: str = "train/ and val/"  # where it is looked for, under the data directory
+    hint: str = "sort the images as train/<class>/ and val/<class>/"  # how to get it
+    # Archive -> what it unpacks to.
+    archives: dict[str, str] = field(default_factory=dict)
+    # Of the channels, on the scale 0 to 1. As in the authors' recipe, natural images are
+    # normalised like ImageNet.
+    mean: tuple[float, float, float] = IMAGENET_MEAN
+    std: tuple[float, float, float] = IMAGENET_STD
 
 
-# Name -> source. The CIFARs and folders are normalised like ImageNet, as in the
-# authors' recipe.
+def _cifar(reader: type, path: str, archive: str) -> Source:
+    hint = f"get {archive} from https://www.cs.toronto.edu/~kriz/cifar.html"
+    splits = ({"train": True}, {"train": False})
+    return Source(*splits, reader, path, hint, {archive: path})
+
+
+def _domainnet(domain: str) -> Source:
+    """Its official lists, one file a split: a path and a label on each line."""
+    train, test = (f"{domain}_{split}.txt" for split in ("train", "test"))
+    hint = f"get {domain}.zip and both lists from https://ai.bu.edu/M3SDA/"
+    archives = {f"{domain}.zip": domain}
+    return Source(train, test, None, f"{train} and {test}", hint, archives)
+
+
+class SVHN(datasets.SVHN):
+    """torchvision's, which needs SciPy to read its files; this does not."""
+
+    def __init__(self, root: Path, split: str, download: bool = False) -> None:
+        datasets.VisionDataset.__init__(self, root)
+        self.split = split
+        _, self.filename, _ = self.split_list[split]
+        if download:
+            self.download()
+        if not self._check_integrity():
+            raise RuntimeError(f"{self.filename} is not there or has another checksum")
+        contents = read_mat(Path(root, self.filename))
+        self.data = contents["X"].transpose(3, 2, 0, 1)  # (n, 3, 32, 32)
+        self.labels = contents["y"].ravel().astype(np.int64) % 10  # 10 is the digit 0
+        self.classes = [str(digit) for digit in range(10)]
+
+
+class Flowers102(datasets.Flowers102):
+    """torchvision's, which needs SciPy to read its files; this does not."""
+
+    def __init__(
+        self, root: Path, splits: tuple[str, ...], download: bool = False
+    ) -> None:
+        datasets.VisionDataset.__init__(self, root)
+        self._base_folder = Path(root, "flowers-102")
+        self._images_folder = self._base_folder / "jpg"
+        if download:
+            self.download()
+        if not self._check_integrity():
+            raise RuntimeError("it is not there or has other checksums")
+        numbers = read_mat(self._base_folder / "setid.mat")
+        labels = read_mat(self._base_folder / "imagelabels.mat")["labels"].ravel()
+        numbers = np.concatenate([numbers[split].ravel() for split in splits])
+        self._labels = [int(labels[number - 1]) - 1 for number in numbers]
+        self._image_files = [
+            self._images_folder / f"image_{number:05}.jpg" for number in numbers
+        ]
+
+
+DOMAINS = ("clipart", "infograph", "painting", "quickdraw", "real", "sketch")
 DATASETS = {
     "shapes": Source(mean=(0.283,) * 3, std=(0.225,) * 3),
-    "cifar10": Source(
-        **IMAGENET,
-        path="cifar-10-batches-py",
-        hint="get cifar-10-python.tar.gz from https://www.cs.toronto.edu/~kriz/cifar.html",
-        torchvision=datasets.CIFAR10,
-        archives={"cifar-10-python.tar.gz": "cifar-10-batches-py"},
+    "cifar10": _cifar(
+        datasets.CIFAR10, "cifar-10-batches-py", "cifar-10-python.tar.gz"
     ),
-    "cifar100": Source(
-        **IMAGENET,
-        path="cifar-100-python",
-        hint="get cifar-100-python.tar.gz from https://www.cs.toronto.edu/~kriz/cifar.html",
-        torchvision=datasets.CIFAR100,
-        archives={"cifar-100-python.tar.gz": "cifar-100-python"},
+    "cifar100": _cifar(
+        datasets.CIFAR100, "cifar-100-python", "cifar-100-python.tar.gz"
+    ),
+    "svhn": Source(
+        {"split": "train"},
+        {"split": "test"},
+        SVHN,
+        "train_32x32.mat and test_32x32.mat",
+        "get both from http://ufldl.stanford.edu/housenumbers",
+    ),
+    "stl10": Source(
+        {"split": "train"},
+        {"split": "test"},
+        datasets.STL10,
+        "stl10_binary",
+        "get stl10_binary.tar.gz from https://cs.stanford.edu/~acoates/stl10",
+        {"stl10_binary.tar.gz": "stl10_binary"},
     ),
     "fashion-mnist": Source(
-        mean=(0.286,) * 3,
-        std=(0.353,) * 3,
-        path="FashionMNIST/raw",
-        hint="get its four .gz files from https://github.com/zalandoresearch/fashion-mnist, "
+        {"train": True},
+        {"train": False},
+        datasets.FashionMNIST,
+        "FashionMNIST/raw",
+        "get its four .gz files from https://github.com/zalandoresearch/fashion-mnist, "
         "or from Debian's package dataset-fashion-mnist",
-        torchvision=datasets.FashionMNIST,
-        archives={
+        {
             f"FashionMNIST/raw/{part}-ubyte.gz": f"FashionMNIST/raw/{part}-ubyte"
             for part in (
                 "train-images-idx3",
@@ -83,12 +153,54 @@ DATASETS = {
                 "t10k-labels-idx1",
             )
         },
+        mean=(0.286,) * 3,
+        std=(0.353,) * 3,
     ),
-    "folder": Source(
-        **IMAGENET,
-        path="train/ and val/",
-        hint="sort the images as train/<class>/ and val/<class>/",
+    # Trained on 2,040 images, as usual where small sets are the subject.
+    "flowers102": Source(
+        {"splits": ("trnid", "valid")},
+        {"splits": ("tstid",)},
+        Flowers102,
+        "flowers-102",
+        "get 102flowers.tgz, imagelabels.mat and setid.mat from "
+        "https://www.robots.ox.ac.uk/~vgg/data/flowers/102",
+        {"flowers-102/102flowers.tgz": "flowers-102/jpg"},
     ),
+    "pets": Source(
+        {"split": "trainval"},
+        {"split": "test"},
+        datasets.OxfordIIITPet,
+        "oxford-iiit-pet",
+        "get images.tar.gz and annotations.tar.gz from "
+        "https://www.robots.ox.ac.uk/~vgg/data/pets",
+        {
+            f"oxford-iiit-pet/{part}.tar.gz": f"oxford-iiit-pet/{part}"
+            for part in ("images", "annotations")
+        },
+    ),
+    "food101": Source(
+        {"split": "train"},
+        {"split": "test"},
+        datasets.Food101,
+        "food-101",
+        "get food-101.tar.gz from "
+        "https://data.vision.ee.ethz.ch/cvl/datasets_extra/food-101",
+        {"food-101.tar.gz": "food-101"},
+    ),
+    "imagenet": Source(
+        hint="get it from https://image-net.org and sort it as train/<wnid>/ and "
+        "val/<wnid>/"
+    ),
+    "inaturalist": Source(
+        "2021_train",
+        "2021_valid",
+        path="2021_train/ and 2021_valid/",
+        hint="get the archives of the 2021 competition from "
+        "https://github.com/visipedia/inat_comp, and unpack train as 2021_train/, "
+        "val as 2021_valid/",
+    ),
+    **{f"domainnet-{domain}": _domainnet(domain) for domain in DOMAINS},
+    "folder": Source(),
 }
 
 
@@ -127,7 +239,54 @@ SHAPES: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
 }
 
 
-class Shapes(Dataset):
+class Images(Dataset):
+    """(image, label) pairs, of images in memory or in files.
+
+    Attributes:
+        images: by index, uint8 arrays (height, width, 3) or (height, width), uint8
+            tensors (3, height, width), or paths of files.
+        targets: int64 (n), the index of the class in `classes`.
+        classes: names.
+        transform: applied to each image as it is read: PIL images, but for tensors.
+    """
+
+    def __init__(
+        self,
+        images: object,
+        targets: Sequence[int],
+        classes: Iterable[str],
+        transform: Callable | None = None,
+    ) -> None:
+        self.images, self.classes, self.transform = images, list(classes), transform
+        self.targets = torch.as_tensor(targets).long()
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def __getitem__(self, index: int) -> tuple[object, int]:
+        image = self.images[index]
+        if isinstance(image, np.ndarray):
+            image = v2.functional.to_pil_image(image)
+        elif not isinstance(image, torch.Tensor):
+            image = open_image(image)
+        if self.transform is not None:
+            image = self.transform(image)
+        return image, int(self.targets[index])
+
+
+def open_image(path: str | os.PathLike) -> object:
+    """The image in a file, PIL in RGB.
+
+    Raises:
+        OSError: there is none, or it is damaged; the message names the file.
+    """
+    try:
+        return default_loader(path)
+    except OSError as error:
+        raise OSError(f"the image {path} cannot be read ({error})") from error
+
+
+class Shapes(Images):
     """The data set `shapes`: one object of eight classes in each image.
 
     Args:
@@ -145,24 +304,13 @@ class Shapes(Dataset):
     def __init__(self, split: str, transform: Callable | None = None) -> None:
         count = SHAPES_COUNT[split]
         generator = torch.Generator().manual_seed(list(SHAPES_COUNT).index(split))
-        self.transform = transform
-        self.classes = list(SHAPES)
-        self.targets = torch.arange(count) % len(SHAPES)
-        self.images = torch.empty(count, 3, SHAPES_SIZE, SHAPES_SIZE, dtype=torch.uint8)
+        images = torch.empty(count, 3, SHAPES_SIZE, SHAPES_SIZE, dtype=torch.uint8)
+        super().__init__(images, torch.arange(count) % len(SHAPES), SHAPES, transform)
         self.masks = torch.empty(count, SHAPES_SIZE, SHAPES_SIZE, dtype=torch.bool)
         for number, inside in enumerate(SHAPES.values()):
             rows = (self.targets == number).nonzero().flatten()
             drawn = draw_shapes(inside, len(rows), generator)
             self.images[rows], self.masks[rows] = drawn
-
-    def __len__(self) -> int:
-        return len(self.targets)
-
-    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
-        image = self.images[index]
-        if self.transform is not None:
-            image = self.transform(image)
-        return image, int(self.targets[index])
 
 
 def draw_shapes(
@@ -205,19 +353,15 @@ def draw_shapes(
 
 
 def load_dataset(
-    name: str, data_dir: str, split: str, transform: Callable | None
-) -> Dataset:
-    """A split of a data set, as (image, label) pairs; downloaded if it is not there.
+    name: str, data_dir: str | os.PathLike, split: str, transform: Callable | None
+) -> Images:
+    """A split of a data set; downloaded if it is not there and torchvision can.
 
     Args:
         name: a key of `DATASETS`.
         data_dir: where data sets lie.
         split: "train" or "test".
-        transform: applied to each image, a PIL image or uint8 (C, H, W), as it is read.
-
-    Returns:
-        A Dataset with the attributes `classes` (names) and `targets` (a label for each
-        image).
+        transform: applied to each image, PIL or uint8 (C, H, W), as it is read.
 
     Raises:
         ValueError: the name is unknown, or the files are not what they should be.
@@ -227,79 +371,127 @@ def load_dataset(
         raise ValueError(f"unknown data set {name!r}; known are {', '.join(DATASETS)}")
     if name == "shapes":
         return Shapes(split, transform)
-    if name == "folder":
-        return _folder(Path(data_dir), split, transform)
-    return _torchvision(name, Path(data_dir), split, transform)
-
-
-def _missing(name: str, data_dir: Path, reason: str) -> FileNotFoundError:
-    source = DATASETS[name]
+    source, data_dir = DATASETS[name], Path(data_dir)
     where = " and ".join(str(data_dir / part) for part in source.path.split(" and "))
-    return FileNotFoundError(
-        f"data set {name} was looked for at {where}, but {reason}; "
-        f"{source.hint}, or name another place with --data-dir"
-    )
-
-
-def _folder(data_dir: Path, split: str, transform: Callable | None) -> Dataset:
-    parts = {"train": data_dir / "train", "test": data_dir / "val"}
-    for part in parts.values():
-        if not part.is_dir():
-            raise _missing("folder", data_dir, f"there is no {part}")
-    try:
-        train, val = (set(find_classes(part)[0]) for part in parts.values())
-        if train != val:
-            odd = ", ".join(sorted(train ^ val)[:5])
-            raise ValueError(f"train/ and val/ in {data_dir} differ in classes: {odd}")
-        return datasets.ImageFolder(parts[split], transform, loader=_open_image)
-    except FileNotFoundError as error:  # a class without images, or no class at all
-        raise ValueError(f"data set folder in {data_dir}: {error}") from error
-
-
-def _open_image(path: str) -> object:
-    try:
-        return default_loader(path)
-    except OSError as error:
-        raise OSError(f"the image {path} cannot be read ({error})") from error
-
-
-def _torchvision(
-    name: str, data_dir: Path, split: str, transform: Callable | None
-) -> Dataset:
-    source = DATASETS[name]
-    options = {"root": data_dir, "train": split == "train", "transform": transform}
     try:
         for archive, unpacked in source.archives.items():
             if (data_dir / archive).is_file() and not (data_dir / unpacked).exists():
                 _unpack(data_dir / archive, data_dir / unpacked)
-        with contextlib.suppress(RuntimeError):  # not there, or not the original files
-            return source.torchvision(**options)
-        if issubclass(source.torchvision, datasets.CIFAR10):
-            with contextlib.suppress(RuntimeError):  # not there
-                return _read_unchecked(name, data_dir, options)
+        if source.torchvision:
+            images = _torchvision(name, data_dir, split)
+        elif source.train.endswith(".txt"):
+            images = _lists(data_dir, source, split)
+        else:
+            images = _folders(data_dir, source, split)
+    except MissingError as error:
+        raise FileNotFoundError(
+            f"data set {name} was looked for at {where}, but {error}; {source.hint}, "
+            "or name another place with --data-dir"
+        ) from error
     except READING_ERRORS as error:
-        where = data_dir / source.path
-        raise ValueError(f"data set {name} at {where} is damaged: {error}") from error
-    try:
-        print(f"{name} is not in {data_dir}; trying to download it", flush=True)
-        with contextlib.redirect_stdout(io.StringIO()):
-            return source.torchvision(**options, download=True)
-    except (OSError, RuntimeError) as error:
-        reason = f"is not there and the download failed ({error})"
-        raise _missing(name, data_dir, reason) from error
+        message = f"data set {name} at {where} cannot be used: {error}"
+        raise ValueError(message) from error
+    images.transform = transform
+    return images
+
+
+class MissingError(Exception):
+    """A data set is not where it was looked for."""
 
 
 # What readers of archives, pickles and arrays raise on files that are not what they seem.
-READING_ERRORS = (OSError, EOFError, KeyError, ValueError, TypeError)
-READING_ERRORS += (pickle.UnpicklingError, tarfile.TarError, zlib.error)
+READING_ERRORS = (OSError, EOFError, KeyError, ValueError, TypeError, IndexError)
+READING_ERRORS += (pickle.UnpicklingError, tarfile.TarError, zlib.error, struct.error)
+READING_ERRORS += (zipfile.BadZipFile,)
 CODEC = ("_codecs", "encode")  # how pickles of Python 3 hold the bytes of Python 2
 
 
-def _unpack(archive: Path, target: Path) -> None:
-    """Unpack whole or not at all: elsewhere first, then moved."""
-    with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
-        extract_archive(str(archive), scratch)
-        (Path(scratch) / target.name).rename(target)
+def _folders(data_dir: Path, source: Source, split: str) -> Images:
+    """Splits that are folders, each of a folder for every class."""
+    parts = [data_dir / part for part in (source.train, source.test)]
+    for part in parts:
+        if not part.is_dir():
+            raise MissingError(f"there is no {part}")
+    train, test = (find_classes(part)[0] for part in parts)
+    if train != test:
+        odd = ", ".join(sorted(set(train) ^ set(test))[:5])
+        both = f"{source.train}/ and {source.test}/"
+        raise ValueError(f"{both} differ in classes: {odd}")
+    found = datasets.ImageFolder(parts[split == "test"])
+    return Images([path for path, _ in found.samples], found.targets, found.classes)
+
+
+def _lists(data_dir: Path, source: Source, split: str) -> Images:
+    """Splits that are text files: on each line a path, <domain>/<class>/<file>, a label."""
+    splits, names = {}, {}
+    for part, file in (("train", source.train), ("test", source.test)):
+        if not (data_dir / file).is_file():
+            raise MissingError(f"there is no {data_dir / file}")
+        lines = (data_dir / file).read_text().splitlines()
+        splits[part] = [line.rsplit(" ", 1) for line in lines if line.strip()]
+        names |= {int(label): Path(path).parent.name for path, label in splits[part]}
+    if sorted(names) != list(range(len(names))):
+        raise ValueError(f"its labels are not 0 to {len(names) - 1}")
+    paths, labels = zip(*splits[split])
+    if not (data_dir / paths[0]).is_file():
+        raise MissingError(f"there is no {data_dir / paths[0]}")
+    classes = [names[label] for label in range(len(names))]
+    files = [str(data_dir / path) for path in paths]
+    return Images(files, [int(label) for label in labels], classes)
+
+
+def _torchvision(name: str, data_dir: Path, split: str) -> Images:
+    """What a class of torchvision reads, first without, then with a download."""
+    source = DATASETS[name]
+    options = {"root": data_dir, **getattr(source, split)}
+    found = None
+    for read in (source.torchvision, partial(_read_unchecked, name)):
+        if found is None:
+            # Not there, or not the original files.
+            with contextlib.suppress(RuntimeError, FileNotFoundError):
+                found = read(**options)
+    if found is None:
+        print(f"{name} is not in {data_dir}; trying to download it", flush=True)
+        try:
+            with contextlib.redirect_stdout(io.StringIO()):
+                found = source.torchvision(**options, download=True)
+        except (OSError, RuntimeError) as error:
+            reason = f"is not there and the download failed ({error})"
+            raise MissingError(reason) from error
+    parts = vars(found)  # which have no common names
+    images, targets = (
+        next(parts[key] for key in keys if key in parts)
+        for keys in (
+            ("data", "_image_files", "_images"),
+            ("targets", "labels", "_labels"),
+        )
+    )
+    if isinstance(images, torch.Tensor):
+        images = images.numpy()
+    if isinstance(images, np.ndarray) and images.shape[1] == 3:  # channels first
+        images = images.transpose(0, 2, 3, 1)
+    if not hasattr(found, "classes"):  # STL10 without its class_names.txt
+        raise ValueError("its list of class names is missing")
+    return Images(images, targets, found.classes)
+
+
+def _read_unchecked(name: str, root: Path, **options: object) -> object:
+    """Read files that fail the checksums: a subset, or a relabelled variant."""
+    reader = DATASETS[name].torchvision
+    dataset = reader.__new__(reader)
+    if isinstance(dataset, datasets.CIFAR10):
+        # The checksums guard against pickles that execute code, so this has to instead.
+        files = [file for file, _ in reader.train_list + reader.test_list]
+        for file in [*files, reader.meta["filename"]]:
+            path = root / reader.base_folder / file
+            if path.is_file():
+                with path.open("rb") as opened:
+                    _ArraysOnly(opened, encoding="latin1").load()
+        dataset.meta = reader.meta | {"md5": None}
+    dataset._check_integrity = lambda: True
+    dataset.__init__(root, **options)
+    print(f"{name} in {root} lacks the original's checksums; used as it is", flush=True)
+    return dataset
 
 
 class _ArraysOnly(pickle.Unpickler):
@@ -312,24 +504,60 @@ class _ArraysOnly(pickle.Unpickler):
         raise pickle.UnpicklingError(f"it wants to execute {module}.{name}")
 
 
-def _read_unchecked(name: str, data_dir: Path, options: dict) -> Dataset:
-    """Read a CIFAR that fails its checksums: a subset, or a relabelled variant."""
-    reader = DATASETS[name].torchvision
-    # The checksums guard against pickles that execute code, so this has to instead.
-    files = [file for file, _ in reader.train_list + reader.test_list]
-    for file in [*files, reader.meta["filename"]]:
-        path = data_dir / reader.base_folder / file
-        if path.is_file():
-            with path.open("rb") as opened:
-                _ArraysOnly(opened, encoding="latin1").load()
-    dataset = reader.__new__(reader)
-    dataset.train_list = [(file, None) for file, _ in reader.train_list]
-    dataset.test_list = [(file, None) for file, _ in reader.test_list]
-    dataset.meta = reader.meta | {"md5": None}
-    dataset.__init__(**options)
-    where = data_dir / DATASETS[name].path
-    print(f"{name}: {where} lacks the original's checksums; used as it is", flush=True)
-    return dataset
+def _unpack(archive: Path, target: Path) -> None:
+    """Unpack whole or not at all: elsewhere first, then moved."""
+    with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
+        extract_archive(str(archive), scratch)
+        (Path(scratch) / target.name).rename(target)
+
+
+# The element types of a MATLAB file that hold numbers, and what they are in NumPy.
+MAT_NUMBERS = {1: "i1", 2: "u1", 3: "<i2", 4: "<u2", 5: "<i4", 6: "<u4", 7: "<f4"}
+MAT_NUMBERS |= {9: "<f8", 12: "<i8", 13: "<u8"}
+MAT_MATRIX, MAT_COMPRESSED = 14, 15
+MAT_NUMERIC = range(6, 16)  # the classes of arrays of numbers
+
+
+def read_mat(path: Path) -> dict[str, np.ndarray]:
+    """The arrays of numbers in a MATLAB 5.0 MAT-file, by name; the rest is left out.
+
+    Source: MathWorks, "MAT-File Format", the chapter on level 5. After a header of 128
+    bytes come elements, each a type, a length and data; an array is an element whose
+    data are elements: flags, dimensions, name, numbers by columns.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError, struct.error, zlib.error: it is not such a file, or damaged.
+    """
+    contents = path.read_bytes()
+    if contents[126:128] != b"IM":  # as a little-endian machine writes MI
+        raise ValueError(f"{path.name} is not a MATLAB 5.0 MAT-file")
+    arrays = {}
+    for kind, data in _mat_elements(memoryview(contents)[128:]):
+        if kind == MAT_COMPRESSED:
+            ((kind, data),) = _mat_elements(memoryview(zlib.decompress(data)))
+        parts = list(_mat_elements(data)) if kind == MAT_MATRIX else []
+        # Fewer parts are empty, more are complex; the first byte of the flags is the class.
+        if len(parts) == 4 and parts[0][1][0] in MAT_NUMERIC:
+            _, (_, shape), (_, name), (numbers, data) = parts
+            array = np.frombuffer(data, MAT_NUMBERS[numbers])
+            shape = np.frombuffer(shape, "<i4")
+            arrays[bytes(name).decode()] = array.reshape(shape, order="F")
+    return arrays
+
+
+def _mat_elements(data: memoryview) -> Iterator[tuple[int, memoryview]]:
+    """Type and data of each element."""
+    while data:
+        kind, length = struct.unpack_from("<II", data)
+        short = kind >> 16  # the length of up to 4 bytes, in a tag that holds them too
+        start, kind, length = 4 if short else 8, kind & 0xFFFF, short or length
+        if start + length > len(data):
+            raise ValueError("it is truncated")
+        yield kind, data[start : start + length]
+        # All but compressed elements are padded to 8 bytes.
+        end = start + length
+        data = data[end if kind == MAT_COMPRESSED else -(-end // 8) * 8 :]
 
 
 def balanced_subset(dataset: Dataset, size: int, seed: int) -> Subset:
@@ -477,47 +705,135 @@ class SeededItems(Dataset):
 
 
 class EpochSampler(Sampler):
-    """(index, seed) of all items, in an order that follows from the epoch's seed."""
+    """(index, seed) of all items, in an order that follows from the epoch's seed.
 
-    def __init__(self, count: int) -> None:
+    Whole batches only. Of W processes, number r takes every W-th batch from r on, so
+    that W of them see in a step what one process sees in W batches.
+    """
+
+    def __init__(self, count: int, batch_size: int, rank: int, world_size: int) -> None:
         self.count, self.epoch_seed = count, 0
+        self.batch_size, self.rank, self.world_size = batch_size, rank, world_size
+        self.rounds = count // (batch_size * world_size)
 
     def __len__(self) -> int:
-        return self.count
+        return self.rounds * self.batch_size
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
         generator = torch.Generator().manual_seed(self.epoch_seed)
-        order = torch.randperm(self.count, generator=generator).tolist()
-        seeds = torch.randint(2**62, (self.count,), generator=generator).tolist()
-        return zip(order, seeds)
+        order = torch.randperm(self.count, generator=generator)
+        seeds = torch.randint(2**62, (self.count,), generator=generator)
+        shape = (self.rounds, self.world_size, self.batch_size)
+        mine = (x[: math.prod(shape)].view(shape)[:, self.rank] for x in (order, seeds))
+        return zip(*(x.flatten().tolist() for x in mine))
 
 
 def make_loader(
-    dataset: Dataset, batch_size: int, *, train: bool, workers: int, pin_memory: bool
+    dataset: Dataset,
+    batch_size: int,
+    *,
+    train: bool,
+    workers: int,
+    pin_memory: bool,
+    rank: int = 0,
+    world_size: int = 1,
 ) -> DataLoader:
     """Batches of images, uint8 (B, 3, H, W), and labels, int64 (B).
 
-    A training loader shuffles and drops the incomplete last batch. Set
+    A training loader shuffles and leaves out what fills no batch. Set
     `loader.sampler.epoch_seed` before an epoch: it fixes all that loading leaves to
     chance, for any number of workers. These persist from epoch to epoch.
 
+    Of `world_size` processes, number `rank` gets its share: of the batches in training,
+    of the images in testing, each of them once.
+
     Raises:
-        ValueError: a training set smaller than one batch.
+        ValueError: a training set smaller than one batch for each process.
     """
-    if train and len(dataset) < batch_size:
+    count = len(dataset)
+    if train and count < batch_size * world_size:
+        times = f" times {world_size} processes" if world_size > 1 else ""
         raise ValueError(
-            f"batch size {batch_size} exceeds the {len(dataset)} training images"
+            f"batch size {batch_size}{times} exceeds the {count} training images"
         )
+    if train:
+        sampler = EpochSampler(count, batch_size, rank, world_size)
+        dataset = SeededItems(dataset)
+    else:
+        sampler = range(rank, count, world_size)
     return DataLoader(
-        SeededItems(dataset) if train else dataset,
+        dataset,
         batch_size,
-        sampler=EpochSampler(len(dataset)) if train else None,
-        drop_last=train,
+        sampler=sampler,
         num_workers=workers,
         persistent_workers=workers > 0,
         pin_memory=pin_memory,
         generator=torch.Generator(),  # and not the one that the model draws from
     )
+
+
+def decode_once(dataset: Images | Subset, limit: float) -> bool:
+    """Decode image files into memory, in threads, if they take at most `limit` bytes.
+
+    Returns:
+        Whether it did: a set that is in memory already, or that is too large, by a
+        sample of its images, is left as it is.
+
+    Raises:
+        OSError: an image cannot be read.
+    """
+    images = dataset.dataset if isinstance(dataset, Subset) else dataset
+    wanted = dataset.indices if isinstance(dataset, Subset) else range(len(dataset))
+    if not isinstance(images.images, list):
+        return False
+
+    def decode(index: int) -> np.ndarray:
+        return np.asarray(open_image(images.images[index]))
+
+    with ThreadPoolExecutor(os.cpu_count()) as threads:
+        sample = list(threads.map(decode, wanted[:: len(wanted) // DECODE_SAMPLE + 1]))
+        if sum(each.nbytes for each in sample) / len(sample) * len(wanted) > limit:
+            return False
+        images.images = Decoded(dict(zip(wanted, threads.map(decode, wanted))))
+    return True
+
+
+DECODE_SAMPLE = 64
+
+
+class Decoded:
+    """Images by index, uint8 (height, width, 3), in one tensor: workers share it."""
+
+    def __init__(self, images: dict[int, np.ndarray]) -> None:
+        self.places, end = {}, 0
+        for index, image in images.items():
+            self.places[index] = (end, image.shape)
+            end += image.size
+        self.pixels = torch.empty(end, dtype=torch.uint8)
+        for index in self.places:  # the arrays go as the tensor fills
+            self[index][:] = images.pop(index)
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        start, shape = self.places[index]
+        return self.pixels.numpy()[start : start + math.prod(shape)].reshape(shape)
+
+
+class Kept:
+    """A loader whose batches stay in memory from its first complete pass on."""
+
+    def __init__(self, loader: DataLoader) -> None:
+        self.loader, self.batches = loader, None
+
+    def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        if self.batches is not None:
+            yield from self.batches
+            return
+        batches = []
+        for batch in self.loader:
+            # What workers give lies in shared memory, of which there is little.
+            batches.append([x if x.is_pinned() else x.clone() for x in batch])
+            yield batch
+        self.loader, self.batches = None, batches  # and its workers end
 
 
 def normalizer(

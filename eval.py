@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import NoReturn
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch.utils.data import DataLoader
 from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks, save_image
@@ -108,8 +109,23 @@ def hardware(device: torch.device) -> str:
     return f"{device.type} ({processor}, {torch.get_num_threads()} threads)"
 
 
+def grouped() -> bool:
+    """Whether this process works with others, which torchrun started."""
+    return dist.is_available() and dist.is_initialized()
+
+
+def rank() -> int:
+    """The number of this process among these, 0 if it is alone."""
+    return dist.get_rank() if grouped() else 0
+
+
 def say(text: str, stays: bool = True) -> None:
-    """Print a line; one that does not stay is for terminals, and is overwritten."""
+    """Print a line; one that does not stay is for terminals, and is overwritten.
+
+    Of several processes, the first speaks.
+    """
+    if rank() > 0:
+        return
     if not sys.stdout.isatty():
         if stays:
             print(text, flush=True)
@@ -153,7 +169,7 @@ def evaluate(
         components_per_head, lists.
     """
     model.eval()
-    images_seen, totals = 0, []  # totals of each batch, on the device until the end
+    totals = []  # of each batch, on the device until the end
     for images, labels in loader:
         images = normalize(images.to(device, non_blocking=True))
         labels = labels.to(device, non_blocking=True)
@@ -165,13 +181,17 @@ def evaluate(
         entropy = spatial_entropy(similarity, "none").sum(0)  # (heads,)
         components = count_components(similarity).sum(0)  # (heads,)
         counts = (cross_entropy, best[:, 0].sum(), best.sum(), *entropy, *components)
-        totals.append(torch.stack([count.float() for count in counts]))
-        images_seen += len(images)
-    loss, top1, top5, *heads = torch.stack(totals).cpu().double().sum(0).tolist()
+        counts = [count.float() for count in counts]
+        totals.append(torch.stack([torch.full_like(counts[0], len(images)), *counts]))
+    total = torch.stack(totals).cpu().double().sum(0)
+    if grouped():  # each has seen its share
+        total = total.to(device)
+        dist.all_reduce(total)
+    images_seen, loss, top1, top5, *heads = total.tolist()
     heads = [total / images_seen for total in heads]
     entropy, components = heads[: len(heads) // 2], heads[len(heads) // 2 :]
     return {
-        "images": images_seen,
+        "images": int(images_seen),
         "loss": loss / images_seen,
         "acc1": 100 * top1 / images_seen,
         "acc5": 100 * top5 / images_seen,

@@ -4,6 +4,7 @@
     python train.py                                # shapes: on a CPU, in minutes
     python train.py --dataset cifar100 --sar-lambda 0.01 --device cuda   # the paper's
     python train.py --dataset cifar100 --sar-lambda 0                    # its plain ViT
+    torchrun --nproc_per_node=8 train.py --dataset imagenet --data-dir DIR   # 8 GPUs
     python train.py --resume                       # continue the run in --output-dir
     python train.py --benchmark --batch-size 4     # time steps of both
 
@@ -27,21 +28,31 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from datetime import timedelta
 from pathlib import Path
 from typing import NoReturn
 
+import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 import torchvision
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_
 from torch.optim.swa_utils import get_ema_multi_avg_fn
+from torch.profiler import profile
 from torch.utils.data import DataLoader
+from torch.utils.flop_counter import FlopCounterMode
 
 from data import (
     CROPS,
     DATASETS,
+    Images,
+    Kept,
     balanced_subset,
+    decode_once,
     default_crop,
     load_dataset,
     make_loader,
@@ -57,9 +68,11 @@ from eval import (
     choose_device,
     duration,
     evaluate,
+    grouped,
     hardware,
     load_run,
     number,
+    rank,
     say,
 )
 from model import MODELS, VisionTransformer, load_weights
@@ -88,8 +101,10 @@ RECIPE = {
     "model_ema": True,
     "model_ema_decay": 0.99996,
 }
+FINETUNE_WARMUP_EPOCHS = 3.0  # at most, from weights that are trained already
 # Where a data set differs. Shapes is a demonstration: two CPU cores, two minutes.
 RECIPES = {name: RECIPE for name in DATASETS} | {
+    "imagenet": RECIPE | {"epochs": 300},
     "shapes": RECIPE
     | {
         "model": "vit_mini",
@@ -107,12 +122,13 @@ RECIPES = {name: RECIPE for name in DATASETS} | {
         "mixup": 0.0,
         "cutmix": 0.0,
         "model_ema": False,
-    }
+    },
 }
 SAR_WARMUP_EPOCHS = 10  # of lambda
-BENCHMARK_WARMUP, BENCHMARK_STEPS = 3, 20
+OTHERS_SECONDS = 5.0  # that a process waits for another one's complaint
 # What may differ when a run is resumed: how it runs, not what it is.
-MAY_DIFFER = {"data_dir", "device", "workers", "compile", "finetune", "output_dir"}
+MAY_DIFFER = {"data_dir", "device", "workers", "cache"}
+MAY_DIFFER |= {"compile", "finetune", "output_dir"}
 
 
 def schedule(
@@ -148,7 +164,12 @@ def rates(step: int, total: int, args: argparse.Namespace) -> tuple[float, float
 
 def peak_lr(args: argparse.Namespace) -> float:
     """The learning rate scaled to the batch, by the linear rule of arXiv 1706.02677."""
-    return args.lr * args.batch_size * args.accumulate / 512
+    return args.lr * global_batch(args) / 512
+
+
+def global_batch(args: argparse.Namespace) -> int:
+    """How many images make a step."""
+    return args.batch_size * args.accumulate * args.world_size
 
 
 def losses(
@@ -235,6 +256,9 @@ def make_parser(recipe: dict) -> Parser:
     workers = "processes for training images, and as many for test images; if left out "
     workers += "none on a CPU, else 16 at most"
     add("--workers", type=count, metavar="N", help=workers)
+    cache = "keep decoded training images, and test images as the model takes them, in "
+    cache += "memory, if these take at most GB each; 0 is never"
+    add("--cache", type=amount, default=4.0, metavar="GB", help=cache)
 
     add = parser.add_argument_group("model").add_argument
     add("--model", choices=MODELS, metavar="NAME", help=", ".join(MODELS))
@@ -242,7 +266,8 @@ def make_parser(recipe: dict) -> Parser:
     pool = "what is classified: the CLS token, or the mean patch of a ViT without one"
     add("--pool", choices=("cls", "mean"), default="cls", help=pool)
     add("--drop-path", type=number(0, 0.99), metavar="P", help="stochastic depth")
-    finetune = "start from weights of this project, timm, DeiT or DINO"
+    finetune = "start from weights of this project, timm, DeiT or DINO; then at most "
+    finetune += f"{FINETUNE_WARMUP_EPOCHS:g} warm-up epochs, if these are left out"
     add("--finetune", metavar="FILE", help=finetune)
 
     add = parser.add_argument_group("SAR").add_argument
@@ -257,8 +282,9 @@ def make_parser(recipe: dict) -> Parser:
 
     add = parser.add_argument_group("optimization").add_argument
     add("--epochs", type=whole, metavar="N", help="passes over the training set")
-    add("--batch-size", type=whole, metavar="N", help="images at a time")
-    accumulate = "batches that make a step; a last, incomplete step is left out"
+    add("--batch-size", type=whole, metavar="N", help="images at a time, per process")
+    accumulate = "batches that make a step, per process; a last, incomplete step is "
+    accumulate += "left out"
     add("--accumulate", type=whole, metavar="N", help=accumulate)
     add("--lr", type=amount, metavar="LR", help="peak, per 512 images of a step")
     add("--min-lr", type=amount, metavar="LR", help="at the end of the cosine")
@@ -281,11 +307,13 @@ def make_parser(recipe: dict) -> Parser:
     add("--resume", action="store_true", help="continue the run in --output-dir")
     seed = "same seed, same run, on a CPU"
     add("--seed", type=number(0, 2**31, int), default=0, metavar="N", help=seed)
-    device = "cuda, mps or cpu; the first found, if left out"
+    device = "cuda, mps or cpu; the first found, if left out; under torchrun each "
+    device += "process takes a GPU of its own"
     add("--device", metavar="NAME", help=device)
     add("--amp", action=yes_or_no, help="bfloat16; on CUDA alone, if left out")
     add("--compile", action="store_true", help="torch.compile model and loss")
-    benchmark = "time steps of the paper's model, plain and SAR, and write nothing"
+    benchmark = "time training steps of the paper's model and the loading of images, "
+    benchmark += "on random data, and write nothing"
     add("--benchmark", action="store_true", help=benchmark)
     parser.set_defaults(**recipe)
     return parser
@@ -295,11 +323,17 @@ def parse_arguments() -> tuple[Parser, argparse.Namespace]:
     """Parse twice: the data set decides the defaults of all else."""
     first = Parser(None, add_help=False)
     first.add_argument("--dataset", default="shapes")
+    first.add_argument("--finetune")
     first.add_argument("--benchmark", action="store_true")
     known, _ = first.parse_known_args()
     # A benchmark is of the paper's model; an unknown data set is for the full parser to
     # refuse.
-    recipe = RECIPE if known.benchmark else RECIPES.get(known.dataset, RECIPE)
+    recipe = RECIPES.get(known.dataset, RECIPE)
+    if known.benchmark:
+        recipe = RECIPE | {"batch_size": None}  # as the device likes it
+    if known.finetune:
+        warmup = min(recipe["warmup_epochs"], FINETUNE_WARMUP_EPOCHS)
+        recipe = recipe | {"warmup_epochs": warmup}
     parser = make_parser(recipe)
     return parser, parser.parse_args()
 
@@ -315,6 +349,14 @@ def resolve(args: argparse.Namespace) -> torch.device:
     """
     device = choose_device(args.device)
     args.device = str(device)
+    args.world_size = int(os.environ.get("WORLD_SIZE", "1"))  # set by torchrun
+    if args.world_size > 1:
+        if args.benchmark:
+            raise ValueError("--benchmark is of one process, without torchrun")
+        if args.device not in ("cuda", "cpu"):
+            raise ValueError(f"under torchrun --device is cuda or cpu, not {device}")
+        if device.type == "cuda":
+            device = choose_device(f"cuda:{os.environ['LOCAL_RANK']}")
     if args.amp is None:
         args.amp = device.type == "cuda"
     if args.workers is None:
@@ -361,10 +403,11 @@ def check_output_dir(
     if not (folder / "checkpoint.pt").exists():
         raise FileNotFoundError(f"there is no run to resume in {folder}")
     model, checkpoint = load_run(folder / "checkpoint.pt")
+    then = {"world_size": 1} | checkpoint["settings"]
     differ = [
-        f"{name} {checkpoint['settings'].get(name)} -> {now}"
+        f"{name} {then.get(name)} -> {now}"
         for name, now in settings(args).items()
-        if name not in MAY_DIFFER and checkpoint["settings"].get(name) != now
+        if name not in MAY_DIFFER and then.get(name) != now
     ]
     if differ:
         raise ValueError(f"the run in {folder} has other settings: {', '.join(differ)}")
@@ -381,14 +424,18 @@ def prepare(args: argparse.Namespace, device: torch.device) -> tuple:
     options = {"crop": args.crop, "rand_augment": args.aa, "reprob": args.reprob}
     augment = train_transform(args.dataset, args.img_size, **options)
     plain = test_transform(args.img_size, crop=args.crop)
-    train_set = load_dataset(args.dataset, args.data_dir, "train", augment)
-    test_set = load_dataset(args.dataset, args.data_dir, "test", plain)
+    with rank_0_first():
+        train_set = load_dataset(args.dataset, args.data_dir, "train", augment)
+        test_set = load_dataset(args.dataset, args.data_dir, "test", plain)
     classes = list(train_set.classes)
     if args.train_size:
         train_set = balanced_subset(train_set, args.train_size, args.seed)
     options = {"workers": args.workers, "pin_memory": device.type == "cuda"}
+    options |= {"rank": rank(), "world_size": args.world_size}
     train_loader = make_loader(train_set, args.batch_size, train=True, **options)
     test_loader = make_loader(test_set, args.batch_size, train=False, **options)
+    if len(test_set) * 3 * args.img_size**2 <= args.cache * 1e9:
+        test_loader = Kept(test_loader)
     if len(train_loader) < args.accumulate:
         raise ValueError(f"--accumulate exceeds an epoch's {len(train_loader)} batches")
     if checkpoint and checkpoint["classes"] != classes:
@@ -402,7 +449,7 @@ def prepare(args: argparse.Namespace, device: torch.device) -> tuple:
         "torch": str(torch.__version__),
         "torchvision": str(torchvision.__version__),
         "python": platform.python_version(),
-        "hardware": hardware(device),
+        "hardware": machine(args, device),
     }
     new = {
         "epoch": 0,  # how many are done
@@ -417,13 +464,29 @@ def prepare(args: argparse.Namespace, device: torch.device) -> tuple:
     say(f"{args.model}: {millions:.2f} M parameters, {grid} patches, last skip {skip}")
     sizes = f"{len(train_set)} training and {len(test_set)} test images"
     say(f"{args.dataset}: {sizes}, {len(classes)} classes")
-    say(f"{hardware(device)}, {'bfloat16' if args.amp else 'float32'}")
-    batch = args.batch_size * args.accumulate
-    scaled = f"{args.lr:g} * {batch} / 512 = {peak_lr(args):.3g}"
+    say(f"{machine(args, device)}, {'bfloat16' if args.amp else 'float32'}")
+    scaled = f"{args.lr:g} * {global_batch(args)} / 512 = {peak_lr(args):.3g}"
     say(f"learning rate {scaled}, lambda {args.sar_lambda:g}")
     if checkpoint:
         say(f"resuming after {checkpoint['epoch']} of {args.epochs} epochs")
     return model, train_loader, test_loader, checkpoint or new
+
+
+def machine(args: argparse.Namespace, device: torch.device) -> str:
+    times = f"{args.world_size} x " if args.world_size > 1 else ""
+    return times + hardware(device)
+
+
+@contextlib.contextmanager
+def rank_0_first() -> Iterator[None]:
+    """Under torchrun: the first process alone, as for a download, then the others."""
+    if rank() > 0:
+        dist.barrier()
+    try:
+        yield
+    finally:
+        if rank() == 0 and grouped():
+            dist.barrier()
 
 
 def train(
@@ -440,8 +503,14 @@ def train(
         FloatingPointError: a loss is not finite; the checkpoint on disk is of before.
         OSError: an image cannot be read, or a file not be written.
     """
+    folder, world_size = Path(args.output_dir), args.world_size
+    if decode_once(train_loader.dataset.dataset, args.cache * 1e9):
+        say("the training images are decoded and kept in memory")
     model.to(device)
-    step_model = compiled(model, args)
+    step_model, accumulating = compiled(model, args), contextlib.nullcontext
+    if world_size > 1:
+        step_model = DistributedDataParallel(step_model)  # gradients: mean of processes
+        accumulating = step_model.no_sync
     options = {"smoothing": args.smoothing, "amp": args.amp}
     options["regularizer"] = compiled(spatial_entropy, args)
     optimizer = make_optimizer(model, args.weight_decay)
@@ -455,14 +524,21 @@ def train(
         optimizer.load_state_dict(checkpoint["optimizer"])
         if ema:
             ema.load_state_dict(checkpoint["model_ema"])
+        save_log(
+            folder, checkpoint
+        )  # the run may have ended between checkpoint and log
 
     start = time.perf_counter()
     for epoch in range(checkpoint["epoch"], args.epochs):
         # All chance in an epoch follows from the seed and the epoch's number, so that a
         # resumed run is the same as one that was never stopped.
+        # Every batch has a seed of its own, so that N processes do what one does with
+        # N times --accumulate.
         epoch_seed = args.seed + 1_000_003 * (epoch + 1)
-        torch.manual_seed(epoch_seed)
         train_loader.sampler.epoch_seed = epoch_seed
+        shape = (steps, args.accumulate, world_size)
+        generator = torch.Generator().manual_seed(epoch_seed)
+        seeds = torch.randint(2**62, shape, generator=generator)[..., rank()].tolist()
         model.train()
         sums = torch.zeros(2, device=device)  # of cross-entropy and spatial entropy
         epoch_start = shown = time.perf_counter()
@@ -474,14 +550,18 @@ def train(
             for group in optimizer.param_groups:
                 group["lr"] = lr
             optimizer.zero_grad()
-            for images, labels in itertools.islice(batches, args.accumulate):
+            for batch, seed in enumerate(seeds[step - 1], start=1):
+                images, labels = next(batches)
+                torch.manual_seed(seed)
                 images = normalize(images.to(device, non_blocking=True))
                 images, target = mix(images, labels.to(device, non_blocking=True))
                 weight = sar_lambda if args.sar_lambda else None
-                loss, *terms = losses(
-                    step_model, images, target, sar_lambda=weight, **options
-                )
-                (loss / args.accumulate).backward()
+                last = batch == args.accumulate
+                with contextlib.nullcontext() if last else accumulating():
+                    loss, *terms = losses(
+                        step_model, images, target, sar_lambda=weight, **options
+                    )
+                    (loss / args.accumulate).backward()
                 sums += torch.stack(terms) / args.accumulate
             if args.clip_grad:
                 clip_grad_norm_(model.parameters(), args.clip_grad)
@@ -491,10 +571,14 @@ def train(
 
             if step < steps and time.perf_counter() - shown < 0.5:
                 continue
-            # Only here, twice a second, does the host wait for the device.
+            # Only here, twice a second, does the host wait for the device. Processes
+            # speak of their own images until the end of the epoch.
+            if step == steps and world_size > 1:
+                dist.all_reduce(sums)
+                sums /= world_size
             train_loss, train_entropy = (sums / step).tolist()
             shown = time.perf_counter()
-            speed = step * args.accumulate * args.batch_size / (shown - epoch_start)
+            speed = step * global_batch(args) / (shown - epoch_start)
             left = duration((shown - start) / (done - first) * (total - done))
             if not math.isfinite(train_loss + train_entropy):
                 raise FloatingPointError(
@@ -526,15 +610,19 @@ def train(
         checkpoint["epoch"] = epoch + 1
         checkpoint["model"] = model.state_dict()
         checkpoint["optimizer"] = optimizer.state_dict()
+        averaged = ""
         if ema:
-            averaged = evaluate(ema, test_loader, normalize, device, args.amp)
-            record["test_acc1_ema"] = averaged["acc1"]
+            test_ema = evaluate(ema, test_loader, normalize, device, args.amp)
+            record |= {f"test_{name}_ema": value for name, value in test_ema.items()}
+            averaged = f" (averaged weights {test_ema['acc1']:.2f} %)"
             checkpoint["model_ema"] = ema.state_dict()
+        record["seconds"] = time.perf_counter() - epoch_start
         checkpoint["log"].append(record)
-        save(Path(args.output_dir), checkpoint)
+        save(folder, checkpoint)
         say(
             f"epoch {epoch + 1}/{args.epochs}  loss {train_loss:.3f}  "
-            f"spatial entropy {train_entropy:.3f} | test accuracy {test['acc1']:.2f} %  "
+            f"spatial entropy {train_entropy:.3f} | "
+            f"test accuracy {test['acc1']:.2f} %{averaged}  "
             f"loss {test['loss']:.3f}  spatial entropy {test['entropy']:.3f} | "
             f"lr {lr:.1e}  lambda {sar_lambda:.4f}  {speed:.0f} images/s  {left} left"
         )
@@ -547,9 +635,15 @@ def save(folder: Path, checkpoint: dict) -> None:
     Raises:
         OSError: the disk is full, or the like; what stood there before still stands.
     """
-    replace(folder / "checkpoint.pt", lambda file: torch.save(checkpoint, file))
+    if rank() == 0:
+        replace(folder / "checkpoint.pt", lambda file: torch.save(checkpoint, file))
+    save_log(folder, checkpoint)
+
+
+def save_log(folder: Path, checkpoint: dict) -> None:
     lines = "".join(json.dumps(line) + "\n" for line in checkpoint["log"])
-    replace(folder / "log.jsonl", lambda file: file.write_text(lines))
+    if rank() == 0:
+        replace(folder / "log.jsonl", lambda file: file.write_text(lines))
 
 
 def replace(file: Path, write: Callable[[Path], object]) -> None:
@@ -563,59 +657,194 @@ def replace(file: Path, write: Callable[[Path], object]) -> None:
         partial.unlink(missing_ok=True)
 
 
+BENCHMARK_BATCH = {"cpu": 4}  # images of a step, where --batch-size is left out
+BENCHMARK_BATCH_GPU = 256
+BENCHMARK_WARMUP, BENCHMARK_ROUNDS = 3, 20
+BENCHMARK_STEPS = {"cpu": 1}  # of a round: a GPU is waited for after each round alone
+BENCHMARK_STEPS_GPU = 10
+
+
 def benchmark(args: argparse.Namespace, device: torch.device) -> None:
-    """Time training steps on random images: plain ViT, SAR and timm's ViT, in turn."""
+    """Time training steps of the plain ViT, of SAR and of timm's ViT, and the loader.
+
+    Eager and compiled ones take turns; a line has their medians.
+    """
+    args.batch_size = args.batch_size or BENCHMARK_BATCH.get(
+        device.type, BENCHMARK_BATCH_GPU
+    )
     shape = (args.batch_size, 3, args.img_size, args.img_size)
+    say(f"{args.model}, images {shape}, {'bfloat16' if args.amp else 'float32'}")
+    say(f"{machine(args, device)}, torch {torch.__version__}")
+    peak_rate = matrix_rate(device, args.amp)
+    say(f"matrix products of this type: {peak_rate / 1e12:.3g} TFLOP/s")
+    say(
+        f"loading cifar100 as {args.img_size} px: {loading_cost(args):.2f} ms an image and core"
+    )
+
     images = torch.randn(shape, device=device)
     target = torch.randint(1000, shape[:1], device=device)
-    say(f"{args.model}, images {shape}, {'bfloat16' if args.amp else 'float32'}")
-    say(f"{hardware(device)}, torch {torch.__version__}")
-    models = {}
-    for name, last_skip in (("plain ViT", True), ("SAR", False)):
-        args.last_skip = last_skip
-        models[name] = VisionTransformer(**architecture(args, classes=1000))
-    with contextlib.suppress(ImportError, RuntimeError):  # where it is installed
-        timm = importlib.import_module("timm")
-        peer = f"{args.model}_patch{args.patch_size}_224"
-        options = {"img_size": args.img_size, "drop_path_rate": args.drop_path}
-        models[f"timm {timm.__version__}"] = timm.create_model(peer, **options)
-
-    regularizer = compiled(spatial_entropy, args)
-
-    def step(name: str, model: Callable, optimizer: torch.optim.Optimizer) -> float:
-        start = time.perf_counter()
-        if name == "SAR":
-            options = {"sar_lambda": args.sar_lambda, "amp": args.amp}
-            loss, *_ = losses(model, images, target, regularizer=regularizer, **options)
-        else:
-            with autocast(device, args.amp):
-                logits = model(images)
-            logits = logits[0] if isinstance(logits, tuple) else logits
-            loss = F.cross_entropy(logits.float(), target)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        loss.item()  # waits for the device
-        return time.perf_counter() - start
-
-    contestants = {}
-    for name, model in models.items():
-        optimizer = make_optimizer(model.to(device).train(), args.weight_decay)
-        contestants[name] = (compiled(model, args), optimizer)
-    seconds = {name: [] for name in contestants}
-    for repeat in range(BENCHMARK_WARMUP + BENCHMARK_STEPS):
-        for name, contestant in contestants.items():
-            seconds[name].append(step(name, *contestant))
-        say(f"step {repeat + 1} of {BENCHMARK_WARMUP + BENCHMARK_STEPS}", stays=False)
+    steps, flops = {}, {}
+    for name, make in peers(args).items():
+        model = make().to(device).train()
+        flops[name] = training_flops(model, images[:1], target[:1]) * len(images)
+        for args.compile in (False, True):
+            name_of = f"{name}, compiled" if args.compile else name
+            model = copy.deepcopy(model)
+            steps[name_of] = make_step(name, model, images, target, args)
+            flops[name_of] = flops[name]
+    count = BENCHMARK_STEPS.get(device.type, BENCHMARK_STEPS_GPU)
+    seconds, memory = {name: [] for name in steps}, {}
+    for turn in range(BENCHMARK_WARMUP + BENCHMARK_ROUNDS):
+        for name, (step, optimizer) in steps.items():
+            say(f"round {turn + 1}: {name}", stays=False)
+            synchronize(device)
+            start = time.perf_counter()
+            for _ in range(count):
+                step()
+            synchronize(device)
+            seconds[name].append((time.perf_counter() - start) / count)
+            if turn == BENCHMARK_WARMUP - 1:
+                memory[name] = peak_memory(step, optimizer, device)
+    say(f"{'':<28}     ms  images/s  SAR's time  TFLOP/s  of matrix rate  peak MB")
     medians = {
         name: statistics.median(times[BENCHMARK_WARMUP:])
         for name, times in seconds.items()
     }
     for name, median in medians.items():
+        sar = medians["SAR, compiled" if "compiled" in name else "SAR"]
+        rate = flops[name] / median
         say(
-            f"{name:>12}{1e3 * median:10.1f} ms a step{len(images) / median:10.1f} "
-            f"images/s{medians['SAR'] / median:8.3f} SAR's time over this one's"
+            f"{name:<28}{1e3 * median:7.1f}{len(images) / median:10.1f}"
+            f"{sar / median:12.3f}{rate / 1e12:9.3g}{rate / peak_rate:16.0%}"
+            f"{memory[name] / 1e6:9.0f}"
         )
+    for suffix in ("", ", compiled"):
+        over = medians[f"SAR{suffix}"] / medians[f"plain ViT{suffix}"] - 1
+        say(f"overhead of SAR{suffix}: {over:+.2%}")
+
+
+def peers(args: argparse.Namespace) -> dict[str, Callable]:
+    """Name -> what makes the model; timm's where it is installed."""
+    options = architecture(args, classes=1000)
+    made = {
+        "plain ViT": lambda: VisionTransformer(**options | {"last_skip": True}),
+        "SAR": lambda: VisionTransformer(**options | {"last_skip": False}),
+    }
+    with contextlib.suppress(ImportError):
+        timm = importlib.import_module("timm")
+        peer = f"{args.model}_patch{args.patch_size}_224"
+        if peer in timm.list_models():
+            options_timm = {"img_size": args.img_size, "drop_path_rate": args.drop_path}
+            made[f"timm {timm.__version__}"] = lambda: timm.create_model(
+                peer, **options_timm
+            )
+    return made
+
+
+def make_step(
+    name: str,
+    model: torch.nn.Module,
+    images: torch.Tensor,
+    target: torch.Tensor,
+    args: argparse.Namespace,
+) -> tuple[Callable[[], None], torch.optim.Optimizer]:
+    """A training step: forward, backward, AdamW; only SAR measures spatial entropy."""
+    optimizer = make_optimizer(model, args.weight_decay)
+    forward, regularizer = compiled(model, args), compiled(spatial_entropy, args)
+
+    def step() -> None:
+        if name == "SAR":
+            options = {"sar_lambda": args.sar_lambda, "amp": args.amp}
+            loss, *_ = losses(
+                forward, images, target, regularizer=regularizer, **options
+            )
+        else:
+            with autocast(images.device, args.amp):
+                logits = forward(images)
+            logits = logits[0] if isinstance(logits, tuple) else logits
+            loss = F.cross_entropy(logits.float(), target)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step, optimizer
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type != "cpu":
+        torch.accelerator.synchronize()
+
+
+def matrix_rate(device: torch.device, amp: bool) -> float:
+    """FLOP/s of a large matrix product in the type of the model."""
+    side = 2048 if device.type == "cpu" else 8192
+    dtype = torch.bfloat16 if amp else torch.float32
+    matrix = torch.randn(side, side, device=device, dtype=dtype)
+    seconds = []
+    for _ in range(10):
+        synchronize(device)
+        start = time.perf_counter()
+        matrix @ matrix
+        synchronize(device)
+        seconds.append(time.perf_counter() - start)
+    return 2 * side**3 / statistics.median(seconds)
+
+
+def training_flops(
+    model: torch.nn.Module, images: torch.Tensor, target: torch.Tensor
+) -> int:
+    """Floating-point operations of matrix products, forward and backward."""
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        logits = model(images)
+        logits = logits[0] if isinstance(logits, tuple) else logits
+        F.cross_entropy(logits, target).backward()
+    model.zero_grad()
+    return counter.get_total_flops()
+
+
+def loading_cost(args: argparse.Namespace) -> float:
+    """Milliseconds of one core for an augmented image of CIFAR-100's size."""
+    generator = np.random.default_rng(0)
+    images = generator.integers(0, 256, (512, 32, 32, 3), dtype=np.uint8)
+    options = {"crop": args.crop, "rand_augment": args.aa, "reprob": args.reprob}
+    augment = train_transform("cifar100", args.img_size, **options)
+    dataset = Images(images, range(len(images)), [], augment)
+    loader = make_loader(dataset, 64, train=True, workers=0, pin_memory=False)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as in a worker
+    next(iter(loader))
+    start = time.perf_counter()
+    for _ in loader:
+        pass
+    torch.set_num_threads(threads)
+    return 1e3 * (time.perf_counter() - start) / len(images)
+
+
+def peak_memory(
+    step: Callable, optimizer: torch.optim.Optimizer, device: torch.device
+) -> int:
+    """Bytes of tensors at the peak of a step: weights, optimizer state and the rest."""
+    resident = sum(
+        tensor.nbytes
+        for parameter, state in optimizer.state.items()
+        for tensor in (parameter, *state.values())
+    )
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        step()
+        return resident + torch.cuda.max_memory_allocated(device) - before
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # it reports its own start and stop
+    with profile(profile_memory=True, acc_events=True) as profiler:
+        step()
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "trace.json"
+        profiler.export_chrome_trace(str(file))
+        events = json.loads(file.read_text())["traceEvents"]
+    events = [event for event in events if event.get("name") == "[memory]"]
+    events.sort(key=lambda event: event["ts"])
+    changes = (event["args"]["Bytes"] for event in events)
+    return resident + max(itertools.accumulate(changes))
 
 
 signals: list[int] = []  # that have ended the run: one at most
@@ -640,8 +869,16 @@ def check_signals() -> None:
         raise KeyboardInterrupt
 
 
-def start(parser: Parser, args: argparse.Namespace) -> None:
-    """What the command line asks for; errors end in one sentence and exit code 2."""
+class Refusal(Exception):
+    """What the user is told in one sentence, with exit code 2."""
+
+
+def start(args: argparse.Namespace) -> None:
+    """What the command line asks for.
+
+    Raises:
+        Refusal: it cannot be done, or no longer.
+    """
     try:
         device = resolve(args)
         with torch.device("meta"):  # sizes are checked before any data is read
@@ -649,22 +886,34 @@ def start(parser: Parser, args: argparse.Namespace) -> None:
         if args.benchmark:
             benchmark(args, device)
             return
+        if args.world_size > 1:
+            join_group(device)
         parts = prepare(args, device)
         folder = Path(args.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()  # fails now if it is not writable
     except (OSError, ValueError) as error:
-        check_signals()
-        parser.error(" ".join(str(error).split()))
+        raise Refusal(" ".join(str(error).split())) from error
     say(f"writing to {folder}")
     try:
         train(args, device, *parts)
     except (FloatingPointError, OSError) as error:
-        check_signals()
         # A worker process puts its traceback first; the last line says what is wrong.
-        parser.error(f"{str(error).strip().splitlines()[-1]}; {kept(args)}")
+        last = str(error).strip().splitlines()[-1]
+        raise Refusal(f"{last}; {kept(args)}") from error
+    if grouped():
+        dist.destroy_process_group()
     checkpoint = folder / "checkpoint.pt"
     say(f"next: python eval.py --checkpoint {checkpoint} --attention attention.png")
+
+
+def join_group(device: torch.device) -> None:
+    """Meet the other processes that torchrun started; they wait an hour at most."""
+    options = {"backend": "gloo", "timeout": timedelta(hours=1)}
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        options |= {"backend": "nccl", "device_id": device}
+    dist.init_process_group(**options)
 
 
 def kept(args: argparse.Namespace) -> str:
@@ -683,13 +932,22 @@ def main() -> None:
     for each in (signal.SIGINT, signal.SIGTERM):
         signal.signal(each, take_signal)
     try:
-        start(parser, args)
+        try:
+            start(args)
+        except Exception as error:
+            # Where one process fails, the others lose it or fail likewise. The first
+            # has the word; the launcher then ends the rest.
+            if rank() or (grouped() and not isinstance(error, Refusal)):
+                time.sleep(OTHERS_SECONDS)
+            raise
     except BaseException as error:
         # A signal may also show as the error of a worker that it ended.
-        if not signals and not isinstance(error, KeyboardInterrupt):
-            raise
-        say(f"stopped; {kept(args)}")
-        sys.exit(128 + (signals or [signal.SIGINT])[0])
+        if signals or isinstance(error, KeyboardInterrupt):
+            say(f"stopped; {kept(args)}")
+            sys.exit(128 + (signals or [signal.SIGINT])[0])
+        if isinstance(error, Refusal):
+            parser.error(str(error))
+        raise
 
 
 if __name__ == "__main__":
