@@ -110,13 +110,13 @@ def hardware(device: torch.device) -> str:
 
 
 def grouped() -> bool:
-    """Whether this process works with others, which torchrun started."""
+    """Whether this process works with others."""
     return dist.is_available() and dist.is_initialized()
 
 
 def rank() -> int:
-    """The number of this process among these, 0 if it is alone."""
-    return dist.get_rank() if grouped() else 0
+    """The number of this process among those that torchrun started, 0 if it is alone."""
+    return int(os.environ.get("RANK", "0"))
 
 
 def say(text: str, stays: bool = True) -> None:

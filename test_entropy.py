@@ -1535,6 +1535,105 @@ def test_accumulated_batches_are_one_larger_batch(clip, tmp_path, monkeypatch) -
     assert ((weights[0] - start_of(saved)).norm() < 0.02) == bool(clip)
 
 
+@needs_project
+@pytest.mark.parametrize(
+    "chance, alone",
+    [
+        ("--mixup 0.8 --drop-path 0.5", "--batch-size 4 --accumulate 2"),
+        ("--mixup 0 --cutmix 0 --drop-path 0", "--batch-size 8"),
+    ],
+)
+def test_two_processes_do_what_one_does(chance, alone, tmp_path, monkeypatch) -> None:
+    """All chance follows from the batch, so mixup and drop-path are the same too."""
+    write_fashion_mnist(tmp_path / "data")
+    options = f"{TINY} --lr 0.05 --data-dir {tmp_path}/data {chance} --output-dir"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc_per_node=2", HERE / "train.py", *options.split()]
+    command += [tmp_path / "two"]
+    pipes = {"capture_output": True, "text": True, "timeout": 300, "check": False}
+    first, again = (subprocess.run(command, **pipes) for _ in range(2))
+    assert first.returncode == 0, first.stderr
+    assert first.stdout.count("epoch 1/2") == first.stdout.count("next:") == 1
+    # Whatever fails is said once, by the first process.
+    assert again.returncode != 0
+    assert again.stderr.count("already holds a run") == 1
+    files = {file.name for file in (tmp_path / "two").iterdir()}
+    assert files == {"checkpoint.pt", "log.jsonl"}
+    assert run(monkeypatch, f"train {options} {tmp_path}/one {alone}") == 0
+    one, two = (
+        torch.load(tmp_path / name / "checkpoint.pt", weights_only=True)
+        for name in ("one", "two")
+    )
+    for name, value in one["model"].items():
+        if "qkv.bias" not in name:  # that of the keys has no gradient but rounding
+            torch.testing.assert_close(value, two["model"][name], rtol=0, atol=1e-5)
+    for a, b in zip(one["log"][1:], two["log"][1:], strict=True):
+        assert a["test_images"] == b["test_images"] == 10
+        assert a["test_acc1"] == b["test_acc1"]
+        for key in ("train_loss", "train_entropy", "test_loss", "test_entropy"):
+            assert a[key] == pytest.approx(b[key], abs=1e-4)
+
+
+@needs_project
+def test_finetune(tmp_path, monkeypatch, capsys) -> None:
+    """From weights wrapped as DINO's, for another grid and other classes."""
+    write_fashion_mnist(tmp_path / "data")
+    torch.manual_seed(1)
+    options = {"img_size": 56, "patch_size": 4, "num_classes": 7}
+    source = vit.VisionTransformer(**vit.MODELS["vit_mini"], **options).state_dict()
+    wrapped = {f"module.backbone.{name}": value for name, value in source.items()}
+    torch.save({"teacher": wrapped, "args": argparse.Namespace()}, tmp_path / "dino.pt")
+    command = f"train {TINY} --data-dir {tmp_path}/data --sar-lambda 0 --epochs 1"
+    command += f" --lr 0 --min-lr 0 --warmup-lr 0 --finetune {tmp_path}"
+    assert run(monkeypatch, f"{command}/dino.pt --output-dir {tmp_path}/run") == 0
+    output = capsys.readouterr().out
+    assert "14x14 -> 7x7" in output
+    assert "head new, for 10 classes (the file's has 7)" in output
+    saved = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)
+    assert saved["settings"]["warmup_epochs"] == 3  # and not the 5 from scratch
+    for name, value in saved["model"].items():
+        if name != "pos_embed" and not name.startswith("head"):
+            assert value.equal(source[name])
+
+    (tmp_path / "evil.pt").write_bytes(pickle.dumps({"run": os.getcwd}, 2))
+    torch.save({"conv1.weight": torch.zeros(3)}, tmp_path / "other.pt")
+    for file, message in (("evil", "damaged"), ("other", "does not fit the model")):
+        folder = tmp_path / file
+        assert run(monkeypatch, f"{command}/{file}.pt --output-dir {folder}") == 2
+        assert message in capsys.readouterr().err
+        assert not folder.exists()
+
+
+@needs_project
+def test_resuming_completes_the_log(tmp_path, monkeypatch) -> None:
+    """As when a run was killed between writing its checkpoint and its log."""
+    write_fashion_mnist(tmp_path / "data")
+    command = f"train {TINY} --data-dir {tmp_path}/data --output-dir {tmp_path}/run"
+    assert run(monkeypatch, command) == 0
+    log = tmp_path / "run" / "log.jsonl"
+    whole = log.read_text()
+    log.write_text("".join(whole.splitlines(keepends=True)[:2]))
+    assert run(monkeypatch, f"{command} --resume") == 0
+    assert log.read_text() == whole
+
+
+@needs_project
+def test_benchmark(monkeypatch, capsys) -> None:
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    monkeypatch.setattr(train, "BENCHMARK_ROUNDS", 1)
+    command = "train --benchmark --model vit_tiny --img-size 32 --device cpu"
+    assert run(monkeypatch, command) == 0
+    output = capsys.readouterr().out
+    rows = {line[:28].strip(): line[28:].split() for line in output.splitlines()}
+    for name in ("plain ViT", "plain ViT, compiled", "SAR", "SAR, compiled"):
+        *speed, memory = (float(figure.rstrip("%")) for figure in rows[name])
+        assert min(speed) > 0
+        # Weights, gradients and two averages of each, 5.4 M in all.
+        assert 4 * 4 * 5.3 < memory < 2 * 4 * 4 * 5.3
+    assert "ms an image and core" in output
+    assert output.count("overhead of SAR") == 2
+
+
 def start_of(saved: dict) -> torch.Tensor:
     torch.manual_seed(0)
     return vit.VisionTransformer(**saved["architecture"]).state_dict()["head.weight"]

@@ -17,6 +17,7 @@ import argparse
 import contextlib
 import copy
 import importlib
+import io
 import itertools
 import json
 import math
@@ -257,7 +258,7 @@ def make_parser(recipe: dict) -> Parser:
     workers += "none on a CPU, else 16 at most"
     add("--workers", type=count, metavar="N", help=workers)
     cache = "keep decoded training images, and test images as the model takes them, in "
-    cache += "memory, if these take at most GB each; 0 is never"
+    cache += "memory, if these take at most GB each, per process; 0 is never"
     add("--cache", type=amount, default=4.0, metavar="GB", help=cache)
 
     add = parser.add_argument_group("model").add_argument
@@ -360,7 +361,8 @@ def resolve(args: argparse.Namespace) -> torch.device:
     if args.amp is None:
         args.amp = device.type == "cuda"
     if args.workers is None:
-        args.workers = 0 if device.type == "cpu" else min(os.cpu_count() or 1, 16)
+        cores = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        args.workers = 0 if device.type == "cpu" else min(cores, 16)
     if args.last_skip is None:
         args.last_skip = args.sar_lambda == 0
     args.crop = args.crop or default_crop(args.img_size)
@@ -479,13 +481,17 @@ def machine(args: argparse.Namespace, device: torch.device) -> str:
 
 @contextlib.contextmanager
 def rank_0_first() -> Iterator[None]:
-    """Under torchrun: the first process alone, as for a download, then the others."""
+    """Under torchrun: the first process alone, as for a download; then all the rest."""
+    if not grouped():
+        yield
+        return
     if rank() > 0:
         dist.barrier()
     try:
-        yield
+        with contextlib.redirect_stdout(sys.stdout if rank() == 0 else io.StringIO()):
+            yield
     finally:
-        if rank() == 0 and grouped():
+        if rank() == 0:
             dist.barrier()
 
 
@@ -901,10 +907,10 @@ def start(args: argparse.Namespace) -> None:
         # A worker process puts its traceback first; the last line says what is wrong.
         last = str(error).strip().splitlines()[-1]
         raise Refusal(f"{last}; {kept(args)}") from error
-    if grouped():
-        dist.destroy_process_group()
     checkpoint = folder / "checkpoint.pt"
     say(f"next: python eval.py --checkpoint {checkpoint} --attention attention.png")
+    if grouped():
+        dist.destroy_process_group()
 
 
 def join_group(device: torch.device) -> None:
