@@ -374,7 +374,7 @@ def load_weights(model: VisionTransformer, weights: str | os.PathLike | Mapping)
     }
     own = model.state_dict()
     head = {name: tensor for name, tensor in own.items() if name.startswith("head.")}
-    report = [f"loaded {source}"]
+    report, loaded = [], len(own)
 
     if "pos_embed" in given:
         prefix = sum(name in given for name in ("cls_token", "dist_token"))
@@ -382,10 +382,13 @@ def load_weights(model: VisionTransformer, weights: str | os.PathLike | Mapping)
         given["pos_embed"] = resized
         report += [f"position embedding resized {change}"] if change else []
     if any(name not in given or given[name].shape != head[name].shape for name in head):
-        had = len(given["head.bias"]) if "head.bias" in given else "no"
-        new = f"{len(head['head.bias'])} classes (the file's has {had})"
-        report.append(f"head new, for {new}")
+        had = len(given["head.bias"]) if "head.bias" in given else 0
+        new = f"head new, for {len(head['head.bias'])} classes "
+        report.append(
+            new + (f"(the file's has {had})" if had else "(the file has none)")
+        )
         given |= head
+        loaded -= len(head)
     for name, tensor in own.items():
         if name not in given:
             raise ValueError(f"{source} does not fit the model: it has no {name}")
@@ -401,7 +404,7 @@ def load_weights(model: VisionTransformer, weights: str | os.PathLike | Mapping)
     if unused:
         report.append(f"left out {', '.join(unused)}")
     model.load_state_dict({name: given[name] for name in own})
-    return "; ".join(report)
+    return "; ".join([f"loaded {loaded} tensors from {source}", *report])
 
 
 def resize_pos_embed(

@@ -663,42 +663,36 @@ def replace(file: Path, write: Callable[[Path], object]) -> None:
         partial.unlink(missing_ok=True)
 
 
-BENCHMARK_BATCH = {"cpu": 4}  # images of a step, where --batch-size is left out
-BENCHMARK_BATCH_GPU = 256
 BENCHMARK_WARMUP, BENCHMARK_ROUNDS = 3, 20
-BENCHMARK_STEPS = {"cpu": 1}  # of a round: a GPU is waited for after each round alone
-BENCHMARK_STEPS_GPU = 10
+# Images of a step, if --batch-size is left out, and steps between waits for the device.
+BENCHMARK_SIZES = {"cpu": (4, 1), "cuda": (256, 10), "mps": (64, 10)}
 
 
 def benchmark(args: argparse.Namespace, device: torch.device) -> None:
     """Time training steps of the plain ViT, of SAR and of timm's ViT, and the loader.
 
-    Eager and compiled ones take turns; a line has their medians.
+    Eager and compiled steps of each take turns; the table has their medians.
     """
-    args.batch_size = args.batch_size or BENCHMARK_BATCH.get(
-        device.type, BENCHMARK_BATCH_GPU
-    )
-    shape = (args.batch_size, 3, args.img_size, args.img_size)
+    batch_size, count = BENCHMARK_SIZES[device.type]
+    shape = (args.batch_size or batch_size, 3, args.img_size, args.img_size)
     say(f"{args.model}, images {shape}, {'bfloat16' if args.amp else 'float32'}")
     say(f"{machine(args, device)}, torch {torch.__version__}")
-    peak_rate = matrix_rate(device, args.amp)
-    say(f"matrix products of this type: {peak_rate / 1e12:.3g} TFLOP/s")
-    say(
-        f"loading cifar100 as {args.img_size} px: {loading_cost(args):.2f} ms an image and core"
-    )
+    matrices = matrix_rate(device, args.amp)
+    say(f"matrix products of this type: {matrices / 1e12:.3g} TFLOP/s")
+    loading = f"cifar100 at {args.img_size} px: {loading_cost(args):.2f} ms"
+    say(f"loading {loading} an image, on one core")
 
     images = torch.randn(shape, device=device)
     target = torch.randint(1000, shape[:1], device=device)
     steps, flops = {}, {}
-    for name, make in peers(args).items():
-        model = make().to(device).train()
-        flops[name] = training_flops(model, images[:1], target[:1]) * len(images)
+    for name, model in peers(args).items():
+        model = model.to(device).train()
+        operations = training_flops(model, images[:1], target[:1]) * len(images)
         for args.compile in (False, True):
-            name_of = f"{name}, compiled" if args.compile else name
-            model = copy.deepcopy(model)
-            steps[name_of] = make_step(name, model, images, target, args)
-            flops[name_of] = flops[name]
-    count = BENCHMARK_STEPS.get(device.type, BENCHMARK_STEPS_GPU)
+            full_name = f"{name}, compiled" if args.compile else name
+            contestant = copy.deepcopy(model)
+            steps[full_name] = make_step(name, contestant, images, target, args)
+            flops[full_name] = operations
     seconds, memory = {name: [] for name in steps}, {}
     for turn in range(BENCHMARK_WARMUP + BENCHMARK_ROUNDS):
         for name, (step, optimizer) in steps.items():
@@ -711,40 +705,37 @@ def benchmark(args: argparse.Namespace, device: torch.device) -> None:
             seconds[name].append((time.perf_counter() - start) / count)
             if turn == BENCHMARK_WARMUP - 1:
                 memory[name] = peak_memory(step, optimizer, device)
-    say(f"{'':<28}     ms  images/s  SAR's time  TFLOP/s  of matrix rate  peak MB")
     medians = {
         name: statistics.median(times[BENCHMARK_WARMUP:])
         for name, times in seconds.items()
     }
+    say(f"{'':<24} ms a step  images/s  SAR's time  TFLOP/s  of matrices  peak MB")
     for name, median in medians.items():
         sar = medians["SAR, compiled" if "compiled" in name else "SAR"]
         rate = flops[name] / median
         say(
-            f"{name:<28}{1e3 * median:7.1f}{len(images) / median:10.1f}"
-            f"{sar / median:12.3f}{rate / 1e12:9.3g}{rate / peak_rate:16.0%}"
+            f"{name:<24}{1e3 * median:10.1f}{len(images) / median:10.1f}"
+            f"{sar / median:12.3f}{rate / 1e12:9.3g}{rate / matrices:13.0%}"
             f"{memory[name] / 1e6:9.0f}"
         )
-    for suffix in ("", ", compiled"):
-        over = medians[f"SAR{suffix}"] / medians[f"plain ViT{suffix}"] - 1
-        say(f"overhead of SAR{suffix}: {over:+.2%}")
+    for kind in ("", ", compiled"):
+        overhead = medians[f"SAR{kind}"] / medians[f"plain ViT{kind}"] - 1
+        say(f"overhead of SAR{kind}: {overhead:+.1%}")
 
 
-def peers(args: argparse.Namespace) -> dict[str, Callable]:
-    """Name -> what makes the model; timm's where it is installed."""
+def peers(args: argparse.Namespace) -> dict[str, torch.nn.Module]:
+    """The models to be timed, by name; timm's where that is installed and has it."""
     options = architecture(args, classes=1000)
-    made = {
-        "plain ViT": lambda: VisionTransformer(**options | {"last_skip": True}),
-        "SAR": lambda: VisionTransformer(**options | {"last_skip": False}),
+    models = {
+        "plain ViT": VisionTransformer(**options | {"last_skip": True}),
+        "SAR": VisionTransformer(**options | {"last_skip": False}),
     }
-    with contextlib.suppress(ImportError):
+    with contextlib.suppress(ImportError, RuntimeError):
         timm = importlib.import_module("timm")
         peer = f"{args.model}_patch{args.patch_size}_224"
-        if peer in timm.list_models():
-            options_timm = {"img_size": args.img_size, "drop_path_rate": args.drop_path}
-            made[f"timm {timm.__version__}"] = lambda: timm.create_model(
-                peer, **options_timm
-            )
-    return made
+        options = {"img_size": args.img_size, "drop_path_rate": args.drop_path}
+        models[f"timm {timm.__version__}"] = timm.create_model(peer, **options)
+    return models
 
 
 def make_step(
