@@ -453,12 +453,13 @@ def prepare(args: argparse.Namespace, device: torch.device) -> tuple:
         "python": platform.python_version(),
         "hardware": machine(args, device),
     }
+    derived = {"global_batch": global_batch(args), "peak_lr": peak_lr(args)}
     new = {
         "epoch": 0,  # how many are done
         "settings": settings(args),
         "architecture": architecture(args, len(classes)),
         "classes": classes,
-        "log": [settings(args) | versions],
+        "log": [settings(args) | derived | versions],
     }
 
     millions = sum(parameter.numel() for parameter in model.parameters()) / 1e6
@@ -663,7 +664,7 @@ def replace(file: Path, write: Callable[[Path], object]) -> None:
         partial.unlink(missing_ok=True)
 
 
-BENCHMARK_WARMUP, BENCHMARK_ROUNDS = 3, 20
+BENCHMARK_WARMUP, BENCHMARK_ROUNDS = 3, 30
 # Images of a step, if --batch-size is left out, and steps between waits for the device.
 BENCHMARK_SIZES = {"cpu": (4, 1), "cuda": (256, 10), "mps": (64, 10)}
 
@@ -695,7 +696,12 @@ def benchmark(args: argparse.Namespace, device: torch.device) -> None:
             flops[full_name] = operations
     seconds, memory = {name: [] for name in steps}, {}
     for turn in range(BENCHMARK_WARMUP + BENCHMARK_ROUNDS):
-        for name, (step, optimizer) in steps.items():
+        names = list(steps)
+        first = turn % len(
+            names
+        )  # so that none has always the same predecessor's cache
+        for name in names[first:] + names[:first]:
+            step, optimizer = steps[name]
             say(f"round {turn + 1}: {name}", stays=False)
             synchronize(device)
             start = time.perf_counter()
@@ -841,7 +847,7 @@ def peak_memory(
     events = [event for event in events if event.get("name") == "[memory]"]
     events.sort(key=lambda event: event["ts"])
     changes = (event["args"]["Bytes"] for event in events)
-    return resident + max(itertools.accumulate(changes))
+    return resident + max(itertools.accumulate(changes), default=math.nan)
 
 
 signals: list[int] = []  # that have ended the run: one at most
