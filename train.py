@@ -6,7 +6,7 @@
     python train.py --dataset cifar100 --sar-lambda 0                    # its plain ViT
     torchrun --nproc_per_node=8 train.py --dataset imagenet --data-dir DIR   # 8 GPUs
     python train.py --resume                       # continue the run in --output-dir
-    python train.py --benchmark --batch-size 4     # time steps of both
+    python train.py --benchmark                    # time steps of both, and of timm's
 
 A run lies in its --output-dir: checkpoint.pt, written after every epoch, and log.jsonl,
 a line of settings, then a line for each epoch. The defaults below are those of the data
