@@ -531,9 +531,7 @@ def train(
         optimizer.load_state_dict(checkpoint["optimizer"])
         if ema:
             ema.load_state_dict(checkpoint["model_ema"])
-        save_log(
-            folder, checkpoint
-        )  # the run may have ended between checkpoint and log
+        save_log(folder, checkpoint)  # it may lack the last epoch of a killed run
 
     start = time.perf_counter()
     for epoch in range(checkpoint["epoch"], args.epochs):
