@@ -80,7 +80,7 @@ class SVHN(datasets.SVHN):
     def __init__(self, root: Path, split: str, download: bool = False) -> None:
         datasets.VisionDataset.__init__(self, root)
         self.split = split
-        _, self.filename, _ = self.split_list[split]
+        self.url, self.filename, self.file_md5 = self.split_list[split]
         if download:
             self.download()
         if not self._check_integrity():
@@ -283,7 +283,8 @@ def open_image(path: str | os.PathLike) -> object:
     try:
         return default_loader(path)
     except OSError as error:
-        raise OSError(f"the image {path} cannot be read ({error})") from error
+        reason = str(error).partition(" <_io")[0]
+        raise OSError(f"the image {path} cannot be read ({reason})") from error
 
 
 class Shapes(Images):
@@ -384,6 +385,8 @@ def load_dataset(
         else:
             images = _folders(data_dir, source, split)
     except MissingError as error:
+        packed = ", ".join(str(data_dir / archive) for archive in source.archives)
+        where += f", or packed at {packed}" if packed else ""
         raise FileNotFoundError(
             f"data set {name} was looked for at {where}, but {error}; {source.hint}, "
             "or name another place with --data-dir"
@@ -452,10 +455,16 @@ def _torchvision(name: str, data_dir: Path, split: str) -> Images:
                 found = read(**options)
     if found is None:
         print(f"{name} is not in {data_dir}; trying to download it", flush=True)
+        target = data_dir / source.path.split(" and ")[0]
+        folders = [target, *target.parents[: len(target.parents) - 1]]
+        made = [folder for folder in folders if not folder.exists()]
         try:
             with contextlib.redirect_stdout(io.StringIO()):
                 found = source.torchvision(**options, download=True)
         except (OSError, RuntimeError) as error:
+            for folder in made:  # as far as it is empty
+                with contextlib.suppress(OSError):
+                    folder.rmdir()
             reason = f"is not there and the download failed ({error})"
             raise MissingError(reason) from error
     parts = vars(found)  # which have no common names

@@ -1061,6 +1061,19 @@ def test_data_sets_on_disk(
 
 
 @needs_project
+@pytest.mark.parametrize("name", sorted(data.DATASETS) if PROJECT else [])
+def test_a_data_set_that_is_not_there(name, tmp_path, monkeypatch) -> None:
+    """The message says where it was looked for; and nothing is left behind."""
+    monkeypatch.setattr(urllib.request, "urlopen", no_network)
+    if name == "shapes":
+        return
+    path = data.DATASETS[name].path.split(" and ")[0].rstrip("/")
+    with pytest.raises(FileNotFoundError, match=f"{tmp_path}/nowhere/{path}"):
+        data.load_dataset(name, tmp_path / "nowhere", "train", None)
+    assert list(tmp_path.iterdir()) == []
+
+
+@needs_project
 def test_labels_are_those_of_the_files(tmp_path: Path) -> None:
     write_svhn(tmp_path)
     digits = data.load_dataset("svhn", tmp_path, "test", None)

@@ -412,7 +412,10 @@ def check_output_dir(
         if name not in MAY_DIFFER and then.get(name) != now
     ]
     if differ:
-        raise ValueError(f"the run in {folder} has other settings: {', '.join(differ)}")
+        raise ValueError(
+            f"the run in {folder} has other settings: {', '.join(differ)}; "
+            "--resume goes with the command that started the run"
+        )
     return model, checkpoint
 
 
@@ -470,8 +473,12 @@ def prepare(args: argparse.Namespace, device: torch.device) -> tuple:
     say(f"{machine(args, device)}, {'bfloat16' if args.amp else 'float32'}")
     scaled = f"{args.lr:g} * {global_batch(args)} / 512 = {peak_lr(args):.3g}"
     say(f"learning rate {scaled}, lambda {args.sar_lambda:g}")
+    if args.warmup_epochs >= args.epochs:
+        say(f"the run ends in its warm-up of {args.warmup_epochs:g} epochs")
     if checkpoint:
-        say(f"resuming after {checkpoint['epoch']} of {args.epochs} epochs")
+        done = checkpoint["epoch"]
+        complete = ": it is complete" if done == args.epochs else ""
+        say(f"resuming after {done} of {args.epochs} epochs{complete}")
     return model, train_loader, test_loader, checkpoint or new
 
 
@@ -513,6 +520,9 @@ def train(
     folder, world_size = Path(args.output_dir), args.world_size
     if decode_once(train_loader.dataset.dataset, args.cache * 1e9):
         say("the training images are decoded and kept in memory")
+    if isinstance(test_loader, Kept):  # an unreadable image is found before it costs
+        for _ in test_loader:
+            check_signals()
     model.to(device)
     step_model, accumulating = compiled(model, args), contextlib.nullcontext
     if world_size > 1:
@@ -621,7 +631,9 @@ def train(
             record |= {f"test_{name}_ema": value for name, value in test_ema.items()}
             averaged = f" (averaged weights {test_ema['acc1']:.2f} %)"
             checkpoint["model_ema"] = ema.state_dict()
-        record["seconds"] = time.perf_counter() - epoch_start
+        now = time.perf_counter()
+        record["seconds"] = now - epoch_start
+        left = duration((now - start) / (done - first) * (total - done))
         checkpoint["log"].append(record)
         save(folder, checkpoint)
         say(
