@@ -432,7 +432,10 @@ def _lists(data_dir: Path, source: Source, split: str) -> Images:
             raise MissingError(f"there is no {data_dir / file}")
         lines = (data_dir / file).read_text().splitlines()
         splits[part] = [line.rsplit(" ", 1) for line in lines if line.strip()]
-        names |= {int(label): Path(path).parent.name for path, label in splits[part]}
+        for path, label in splits[part]:
+            name = Path(path).parent.name
+            if names.setdefault(int(label), name) != name:
+                raise ValueError(f"label {label} is of {names[int(label)]} and {name}")
     if sorted(names) != list(range(len(names))):
         raise ValueError(f"its labels are not 0 to {len(names) - 1}")
     paths, labels = zip(*splits[split])
@@ -757,7 +760,8 @@ def make_loader(
     of the images in testing, each of them once.
 
     Raises:
-        ValueError: a training set smaller than one batch for each process.
+        ValueError: a training set smaller than one batch for each process, or a test set
+            smaller than one image for each.
     """
     count = len(dataset)
     if train and count < batch_size * world_size:
@@ -765,6 +769,8 @@ def make_loader(
         raise ValueError(
             f"batch size {batch_size}{times} exceeds the {count} training images"
         )
+    if count < world_size:
+        raise ValueError(f"{count} test images are fewer than {world_size} processes")
     if train:
         sampler = EpochSampler(count, batch_size, rank, world_size)
         dataset = SeededItems(dataset)
@@ -793,7 +799,7 @@ def decode_once(dataset: Images | Subset, limit: float) -> bool:
     """
     images = dataset.dataset if isinstance(dataset, Subset) else dataset
     wanted = dataset.indices if isinstance(dataset, Subset) else range(len(dataset))
-    if not isinstance(images.images, list):
+    if not limit or not isinstance(images.images, list):
         return False
 
     def decode(index: int) -> np.ndarray:

@@ -116,7 +116,12 @@ def grouped() -> bool:
 
 def rank() -> int:
     """The number of this process among those that torchrun started, 0 if it is alone."""
-    return int(os.environ.get("RANK", "0"))
+    return torchrun("RANK", 0)
+
+
+def torchrun(name: str, alone: int) -> int:
+    """A variable that torchrun sets; schedulers set some of the same names."""
+    return int(os.environ[name]) if "TORCHELASTIC_RUN_ID" in os.environ else alone
 
 
 def say(text: str, stays: bool = True) -> None:

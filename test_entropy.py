@@ -1097,6 +1097,10 @@ def test_labels_are_those_of_the_files(tmp_path: Path) -> None:
     assert sketches.classes == ["ant", "owl"]
     folders = [Path(file).parent.name for file in sketches.images]
     assert folders == [sketches.classes[n] for n in sketches.targets]
+    with (tmp_path / "sketch_train.txt").open("a") as file:
+        file.write("sketch/ant/more.jpg 1\n")
+    with pytest.raises(ValueError, match="label 1 is of owl and ant"):
+        data.load_dataset("domainnet-sketch", tmp_path, "train", None)
 
 
 @needs_project
@@ -1211,6 +1215,8 @@ def test_processes_share_the_data(tmp_path: Path) -> None:
     parts = [batches(True, rank=rank, world_size=2) for rank in range(2)]
     assert [batch for pair in zip(*parts) for batch in pair] == alone
     assert len(alone) == 6
+    with pytest.raises(ValueError, match="20 test images are fewer than 21"):
+        batches(False, rank=0, world_size=21)
     parts = [batches(False, rank=rank, world_size=3) for rank in range(3)]
     assert sorted(n for part in parts for batch in part for n in batch) == list(
         range(20)
@@ -1588,6 +1594,16 @@ def test_two_processes_do_what_one_does(chance, alone, tmp_path, monkeypatch) ->
         assert a["test_acc1"] == b["test_acc1"]
         for key in ("train_loss", "train_entropy", "test_loss", "test_entropy"):
             assert a[key] == pytest.approx(b[key], abs=1e-4)
+
+
+@needs_project
+def test_variables_of_a_scheduler_are_not_torchruns(tmp_path, monkeypatch) -> None:
+    write_fashion_mnist(tmp_path / "data")
+    for name in ("RANK", "WORLD_SIZE"):
+        monkeypatch.setenv(name, "3")
+    command = f"train {TINY} --data-dir {tmp_path}/data --output-dir {tmp_path}/run"
+    assert run(monkeypatch, f"{command} --epochs 1") == 0
+    assert (tmp_path / "run" / "checkpoint.pt").exists()
 
 
 @needs_project

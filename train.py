@@ -75,6 +75,7 @@ from eval import (
     number,
     rank,
     say,
+    torchrun,
 )
 from model import MODELS, VisionTransformer, load_weights
 
@@ -350,18 +351,18 @@ def resolve(args: argparse.Namespace) -> torch.device:
     """
     device = choose_device(args.device)
     args.device = str(device)
-    args.world_size = int(os.environ.get("WORLD_SIZE", "1"))  # set by torchrun
+    args.world_size = torchrun("WORLD_SIZE", 1)
     if args.world_size > 1:
         if args.benchmark:
             raise ValueError("--benchmark is of one process, without torchrun")
         if args.device not in ("cuda", "cpu"):
             raise ValueError(f"under torchrun --device is cuda or cpu, not {device}")
         if device.type == "cuda":
-            device = choose_device(f"cuda:{os.environ['LOCAL_RANK']}")
+            device = choose_device(f"cuda:{torchrun('LOCAL_RANK', 0)}")
     if args.amp is None:
         args.amp = device.type == "cuda"
     if args.workers is None:
-        cores = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        cores = (os.cpu_count() or 1) // torchrun("LOCAL_WORLD_SIZE", 1)
         args.workers = 0 if device.type == "cpu" else min(cores, 16)
     if args.last_skip is None:
         args.last_skip = args.sar_lambda == 0
