@@ -836,8 +836,11 @@ def loading_cost(args: argparse.Namespace) -> float:
 
 def peak_memory(
     step: Callable, optimizer: torch.optim.Optimizer, device: torch.device
-) -> int:
-    """Bytes of tensors at the peak of a step: weights, optimizer state and the rest."""
+) -> float:
+    """Bytes of tensors at the peak of a step: weights, optimizer state and the rest.
+
+    Not known on MPS.
+    """
     resident = sum(
         tensor.nbytes
         for parameter, state in optimizer.state.items()
@@ -848,6 +851,8 @@ def peak_memory(
         before = torch.cuda.memory_allocated(device)
         step()
         return resident + torch.cuda.max_memory_allocated(device) - before
+    if device.type != "cpu":
+        return math.nan
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # it reports its own start and stop
     with profile(profile_memory=True, acc_events=True) as profiler:
         step()
@@ -858,7 +863,7 @@ def peak_memory(
     events = [event for event in events if event.get("name") == "[memory]"]
     events.sort(key=lambda event: event["ts"])
     changes = (event["args"]["Bytes"] for event in events)
-    return resident + max(itertools.accumulate(changes), default=math.nan)
+    return resident + max(itertools.accumulate(changes))
 
 
 signals: list[int] = []  # that have ended the run: one at most
