@@ -5,7 +5,7 @@
     python train.py --dataset cifar100 --sar-lambda 0.01 --device cuda   # the paper's
     python train.py --dataset cifar100 --sar-lambda 0                    # its plain ViT
     torchrun --nproc_per_node=8 train.py --dataset imagenet --data-dir DIR   # 8 GPUs
-    python train.py --resume                       # continue the run in --output-dir
+    python train.py --resume                       # the command of a run: continue it
     python train.py --benchmark                    # time steps of both, and of timm's
 
 A run lies in its --output-dir: checkpoint.pt, written after every epoch, and log.jsonl,
@@ -306,7 +306,8 @@ def make_parser(recipe: dict) -> Parser:
     add = parser.add_argument_group("run").add_argument
     output_dir = "runs/ and data set, model, lambda, seed, if left out"
     add("--output-dir", metavar="DIR", help=output_dir)
-    add("--resume", action="store_true", help="continue the run in --output-dir")
+    resume = "continue the run in --output-dir, with the options it was started with"
+    add("--resume", action="store_true", help=resume)
     seed = "same seed, same run, on a CPU"
     add("--seed", type=number(0, 2**31, int), default=0, metavar="N", help=seed)
     device = "cuda, mps or cpu; the first found, if left out; under torchrun each "
@@ -707,10 +708,8 @@ def benchmark(args: argparse.Namespace, device: torch.device) -> None:
             flops[full_name] = operations
     seconds, memory = {name: [] for name in steps}, {}
     for turn in range(BENCHMARK_WARMUP + BENCHMARK_ROUNDS):
-        names = list(steps)
-        first = turn % len(
-            names
-        )  # so that none has always the same predecessor's cache
+        # In another order each time, so that no place in it is an advantage.
+        names, first = list(steps), turn % len(steps)
         for name in names[first:] + names[:first]:
             step, optimizer = steps[name]
             say(f"round {turn + 1}: {name}", stays=False)
