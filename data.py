@@ -23,7 +23,7 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -32,7 +32,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.data import DataLoader, Dataset, Sampler, Subset
 from torchvision import datasets
-from torchvision.datasets.folder import default_loader, find_classes
+from torchvision.datasets.folder import default_loader, find_classes, is_image_file
 from torchvision.datasets.utils import extract_archive
 from torchvision.transforms import v2
 
@@ -202,6 +202,20 @@ DATASETS = {
     **{f"domainnet-{domain}": _domainnet(domain) for domain in DOMAINS},
     "folder": Source(),
 }
+VOC2012 = Source(
+    {"year": "2012", "image_set": "train"},
+    {"year": "2012", "image_set": "val"},
+    datasets.VOCSegmentation,
+    "VOCdevkit/VOC2012",
+    "get VOCtrainval_11-May-2012.tar from http://host.robots.ox.ac.uk/pascal/VOC/voc2012",
+    {"VOCtrainval_11-May-2012.tar": "VOCdevkit"},
+)
+# Data set with masks of the objects -> how many objects an image can have: VOC's are its
+# classes.
+MASKS = {"voc2012": 20, "pets": 1, "shapes": 1, "fashion-mnist": 1}
+VOID = 255  # the mark of pixels that are neither object nor background
+# What a pixel of a pet's trimap says: nothing has no number, 1 is pet, 2 not, 3 border.
+TRIMAP = (VOID, 1, 0, VOID)
 
 
 # ----------------------------------------------------------------------------- shapes
@@ -372,18 +386,29 @@ def load_dataset(
         raise ValueError(f"unknown data set {name!r}; known are {', '.join(DATASETS)}")
     if name == "shapes":
         return Shapes(split, transform)
-    source, data_dir = DATASETS[name], Path(data_dir)
+    images = _read(name, DATASETS[name], Path(data_dir), split)
+    images.transform = transform
+    return images
+
+
+def _read(
+    name: str, source: Source, data_dir: Path, split: str, pairs: bool = False
+) -> Dataset:
+    """What lies in the files of a data set: `Images`, or torchvision's own pairs.
+
+    Raises: as `load_dataset`.
+    """
     where = " and ".join(str(data_dir / part) for part in source.path.split(" and "))
     try:
         for archive, unpacked in source.archives.items():
             if (data_dir / archive).is_file() and not (data_dir / unpacked).exists():
                 _unpack(data_dir / archive, data_dir / unpacked)
         if source.torchvision:
-            images = _torchvision(name, data_dir, split)
-        elif source.train.endswith(".txt"):
-            images = _lists(data_dir, source, split)
-        else:
-            images = _folders(data_dir, source, split)
+            found = _torchvision(name, source, data_dir, split)
+            return found if pairs else _images(found)
+        if source.train.endswith(".txt"):
+            return _lists(data_dir, source, split)
+        return _folders(data_dir, source, split)
     except MissingError as error:
         packed = ", ".join(str(data_dir / archive) for archive in source.archives)
         where += f", or packed at {packed}" if packed else ""
@@ -394,8 +419,6 @@ def load_dataset(
     except READING_ERRORS as error:
         message = f"data set {name} at {where} cannot be used: {error}"
         raise ValueError(message) from error
-    images.transform = transform
-    return images
 
 
 class MissingError(Exception):
@@ -410,17 +433,22 @@ CODEC = ("_codecs", "encode")  # how pickles of Python 3 hold the bytes of Pytho
 
 
 def _folders(data_dir: Path, source: Source, split: str) -> Images:
-    """Splits that are folders, each of a folder for every class."""
-    parts = [data_dir / part for part in (source.train, source.test)]
+    """Splits that are folders, each of a folder for every class.
+
+    To test, one of them is enough, or for `folder` the classes' folders by themselves.
+    """
+    train, test = (data_dir / part for part in (source.train, source.test))
+    parts = [train, test] if split == "train" else [test]
+    if split == "test" and source == DATASETS["folder"] and data_dir.is_dir():
+        parts = parts if train.is_dir() or test.is_dir() else [data_dir]
     for part in parts:
         if not part.is_dir():
             raise MissingError(f"there is no {part}")
-    train, test = (find_classes(part)[0] for part in parts)
-    if train != test:
-        odd = ", ".join(sorted(set(train) ^ set(test))[:5])
+    classes = [set(find_classes(part)[0]) for part in parts]
+    if odd := sorted(set.union(*classes) - set.intersection(*classes)):
         both = f"{source.train}/ and {source.test}/"
-        raise ValueError(f"{both} differ in classes: {odd}")
-    found = datasets.ImageFolder(parts[split == "test"])
+        raise ValueError(f"{both} differ in classes: {', '.join(odd[:5])}")
+    found = datasets.ImageFolder(parts[0])
     return Images([path for path, _ in found.samples], found.targets, found.classes)
 
 
@@ -446,12 +474,11 @@ def _lists(data_dir: Path, source: Source, split: str) -> Images:
     return Images(files, [int(label) for label in labels], classes)
 
 
-def _torchvision(name: str, data_dir: Path, split: str) -> Images:
+def _torchvision(name: str, source: Source, data_dir: Path, split: str) -> Dataset:
     """What a class of torchvision reads, first without, then with a download."""
-    source = DATASETS[name]
     options = {"root": data_dir, **getattr(source, split)}
     found = None
-    for read in (source.torchvision, partial(_read_unchecked, name)):
+    for read in (source.torchvision, partial(_read_unchecked, name, source)):
         if found is None:
             # Not there, or not the original files.
             with contextlib.suppress(RuntimeError, FileNotFoundError):
@@ -470,6 +497,10 @@ def _torchvision(name: str, data_dir: Path, split: str) -> Images:
                     folder.rmdir()
             reason = f"is not there and the download failed ({error})"
             raise MissingError(reason) from error
+    return found
+
+
+def _images(found: Dataset) -> Images:
     parts = vars(found)  # which have no common names
     images, targets = (
         next(parts[key] for key in keys if key in parts)
@@ -487,9 +518,11 @@ def _torchvision(name: str, data_dir: Path, split: str) -> Images:
     return Images(images, targets, found.classes)
 
 
-def _read_unchecked(name: str, root: Path, **options: object) -> object:
+def _read_unchecked(
+    name: str, source: Source, root: Path, **options: object
+) -> Dataset:
     """Read files that fail the checksums: a subset, or a relabelled variant."""
-    reader = DATASETS[name].torchvision
+    reader = source.torchvision
     dataset = reader.__new__(reader)
     if isinstance(dataset, datasets.CIFAR10):
         # The checksums guard against pickles that execute code, so this has to instead.
@@ -601,6 +634,204 @@ def balanced_subset(dataset: Dataset, size: int, seed: int) -> Subset:
     return Subset(dataset, chosen.sort().values.tolist())
 
 
+# ------------------------------------------------- for evaluation: masks, corruptions
+
+
+class Masked(Dataset):
+    """(image, mask) pairs of one size: uint8 (3, height, width), int64 (height, width).
+
+    The image is resized bilinearly and the mask to the nearest, both without keeping the
+    aspect, as in the authors' code.
+
+    Attributes:
+        pairs: by index, (image, mask), PIL or tensors: torchvision's, or a pair of
+            sequences.
+        size: height and width.
+        objects: a mask has 0 for the background, VOID, or 1 to this number.
+        relabel: what the numbers in the files stand for; None if for themselves.
+    """
+
+    def __init__(
+        self,
+        pairs: Dataset | tuple[Sequence, Sequence],
+        size: tuple[int, int],
+        objects: int,
+        relabel: Sequence[int] | None = None,
+    ) -> None:
+        self.pairs, self.size = pairs, size
+        self.objects, self.relabel = objects, relabel
+
+    def __len__(self) -> int:
+        return len(self.pairs[0] if isinstance(self.pairs, tuple) else self.pairs)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        image, mask = self.pair(index)
+        size, modes = list(self.size), v2.InterpolationMode
+        image = v2.functional.resize(image, size, modes.BILINEAR)
+        if not isinstance(mask, torch.Tensor):
+            mask = v2.functional.pil_to_tensor(mask)[0]
+        mask = mask.long()
+        if self.relabel is not None:
+            mask = torch.tensor(self.relabel)[mask.clamp(max=len(self.relabel) - 1)]
+        unknown = mask[(mask > self.objects) & (mask != VOID)]
+        if len(unknown):
+            raise ValueError(f"mask {index} has {unknown[0]}, which is no object's")
+        mask = v2.functional.resize(mask[None], size, modes.NEAREST_EXACT)[0]
+        return AS_TENSOR(image), mask
+
+    def pair(self, index: int) -> tuple[object, object]:
+        """The image and the mask as they are in the data set.
+
+        Raises:
+            OSError: a file cannot be read; the message names both.
+        """
+        if isinstance(self.pairs, tuple):
+            return tuple(part[index] for part in self.pairs)
+        try:
+            return self.pairs[index]
+        except OSError as error:
+            parts = vars(self.pairs)
+            image = parts.get("images", parts.get("_images"))[index]
+            mask = parts.get("targets", parts.get("_segs"))[index]
+            reason = str(error).partition(" <_io")[0]
+            message = f"the image {image} or its mask {mask} cannot be read ({reason})"
+            raise OSError(message) from error
+
+
+AS_TENSOR = v2.Compose([v2.RGB(), v2.ToImage(), v2.ToPureTensor()])
+
+
+def load_masks(name: str, data_dir: str | os.PathLike, size: tuple[int, int]) -> Masked:
+    """The test images of a data set with the masks of their objects.
+
+    VOC 2012 is its split val, and an object all pixels of a class (SegmentationClass);
+    pets' objects are in its trimaps, whose border is void; fashion-mnist's are the
+    pixels that are not 0.
+
+    Args:
+        name: a key of MASKS.
+        data_dir: where data sets lie.
+        size: height and width to resize images and masks to.
+
+    Raises: as `load_dataset`.
+    """
+    relabel = None
+    if name == "shapes":
+        shapes = Shapes("test")
+        pairs = (shapes.images, shapes.masks)
+    elif name == "fashion-mnist":
+        images = load_dataset(name, data_dir, "test", None).images
+        images = torch.from_numpy(images)
+        pairs = (images[:, None], images > 0)
+    elif name == "voc2012":
+        pairs = _read(name, VOC2012, Path(data_dir), "test", pairs=True)
+    else:
+        source = DATASETS[name]
+        source = replace(source, test=source.test | {"target_types": "segmentation"})
+        pairs = _read(name, source, Path(data_dir), "test", pairs=True)
+        relabel = TRIMAP
+    return Masked(pairs, size, MASKS[name], relabel)
+
+
+CORRUPTION_SEVERITIES = 5  # of an array of CIFAR-C
+
+
+def load_corruptions(
+    folder: str | os.PathLike, transform: Callable, array_transform: Callable
+) -> dict[str, dict[int, Images]]:
+    """Corrupted test images, by corruption and severity.
+
+    Args:
+        folder: in the layout of ImageNet-C, <corruption>/<severity>/<class>/; or in
+            that of CIFAR-C, <corruption>.npy, uint8 (5 * n, height, width, 3), with the
+            severities 1 to 5 one after the other, and labels.npy, (5 * n) or (n). Its
+            classes have no names.
+        transform, array_transform: applied to each image of these layouts.
+
+    Raises:
+        FileNotFoundError: there is no such folder.
+        ValueError: it has neither layout, or its files are not what they should be.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"there is no folder of corruptions at {folder}")
+    found = {}
+    if (folder / "labels.npy").is_file():
+        for path in sorted(folder.glob("*.npy")):
+            if path.stem != "labels":
+                found[path.stem] = _severities(path, array_transform)
+    for path in sorted(folder.glob("*/*/")):
+        if path.name.isdigit():
+            try:
+                images = datasets.ImageFolder(path)
+            except FileNotFoundError as error:
+                raise ValueError(
+                    f"{path} has no images in folders of classes"
+                ) from error
+            files = [file for file, _ in images.samples]
+            images = Images(files, images.targets, images.classes, transform)
+            found.setdefault(path.parent.name, {})[int(path.name)] = images
+    if not found:
+        raise ValueError(
+            f"{folder} has neither <corruption>/<severity>/<class>/, as ImageNet-C, nor "
+            "labels.npy and <corruption>.npy, as CIFAR-C"
+        )
+    return {name: dict(sorted(found[name].items())) for name in found}
+
+
+def _severities(path: Path, transform: Callable) -> dict[int, Images]:
+    """The severities in a file of CIFAR-C."""
+    try:
+        images = np.load(path, mmap_mode="r")
+        labels = np.load(path.with_name("labels.npy"))
+    except READING_ERRORS as error:
+        raise ValueError(f"{path} or its labels.npy cannot be read: {error}") from error
+    count, rest = divmod(len(images) if images.ndim else 0, CORRUPTION_SEVERITIES)
+    if len(labels) == count:
+        labels = np.tile(labels, CORRUPTION_SEVERITIES)
+    right = images.ndim == 4 and images.shape[-1] == 3 and images.dtype == np.uint8
+    if not right or rest or len(labels) != len(images):
+        raise ValueError(
+            f"{path} is not uint8 (5 * n, height, width, 3) with as many labels: it is "
+            f"{images.dtype} {images.shape}, and there are {len(labels)} labels"
+        )
+    parts = (slice(n * count, (n + 1) * count) for n in range(CORRUPTION_SEVERITIES))
+    return {
+        severity: Images(images[part], labels[part].astype(np.int64), [], transform)
+        for severity, part in enumerate(parts, start=1)
+    }
+
+
+def list_images(folder: str | os.PathLike) -> list[Path]:
+    """The image files in a folder and the folders in it, sorted.
+
+    Raises:
+        FileNotFoundError: there is no such folder, or no image in it.
+    """
+    if not Path(folder).is_dir():
+        raise FileNotFoundError(f"there is no folder of images at {folder}")
+    files = sorted(Path(folder).rglob("*"))
+    found = [file for file in files if is_image_file(file.name)]
+    if not found:
+        raise FileNotFoundError(f"there are no images in {folder}")
+    return found
+
+
+def unreadable(dataset: Dataset) -> dict[int, str]:
+    """Index and error of each item that cannot be read; reads all of them, in threads."""
+
+    def attempt(index: int) -> str:
+        try:
+            dataset[index]
+        except OSError as error:
+            return str(error)
+        return ""
+
+    with ThreadPoolExecutor(os.cpu_count()) as threads:
+        errors = threads.map(attempt, range(len(dataset)))
+        return {index: error for index, error in enumerate(errors) if error}
+
+
 # ------------------------------------------------------------------ images to batches
 
 CROPS = ("resized", "padded", "whole")
@@ -670,21 +901,44 @@ def train_transform(
     return v2.Compose([*steps, v2.ToPureTensor()])
 
 
-def test_transform(img_size: int, *, crop: str) -> v2.Compose:
-    """For testing: PIL or uint8 (C, H, W) to uint8 (3, img_size, img_size), no chance.
+def test_transform(img_size: int | tuple[int, int], *, crop: str) -> v2.Compose:
+    """For testing: PIL or uint8 (C, height, width) to uint8 (3, *img_size), no chance.
 
     Args:
-        img_size: side in pixels.
-        crop: "resized" resizes the shorter side to 256/224 of img_size and takes the
-            centre, the ImageNet protocol; the others resize the whole image.
+        img_size: height and width in pixels, or one number for both.
+        crop: "resized" scales the image to cover 256/224 of img_size, without changing
+            its aspect, and takes the centre, the ImageNet protocol; "center" takes the
+            centre and resizes nothing; the others resize the whole image.
     """
+    height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
     steps: list[Callable] = [v2.RGB()]
     if crop == "resized":
-        steps.append(v2.Resize(img_size * 256 // 224, v2.InterpolationMode.BICUBIC))
-        steps.append(v2.CenterCrop(img_size))
+        steps.append(partial(_cover, height * 256 // 224, width * 256 // 224))
+    if crop in ("resized", "center"):
+        steps.append(partial(_crop_center, height, width))
     else:
-        steps.append(v2.Resize((img_size, img_size), v2.InterpolationMode.BICUBIC))
+        steps.append(v2.Resize((height, width), v2.InterpolationMode.BICUBIC))
     return v2.Compose([*steps, v2.ToImage(), v2.ToPureTensor()])
+
+
+def _cover(height: int, width: int, image: object) -> object:
+    """Resize an image, with its aspect, to the smallest size that covers the given."""
+    old_height, old_width = v2.functional.get_size(image)
+    if old_width * height >= width * old_height:
+        width = height * old_width // old_height
+    else:
+        height = width * old_height // old_width
+    return v2.functional.resize(image, [height, width], v2.InterpolationMode.BICUBIC)
+
+
+def _crop_center(height: int, width: int, image: object) -> object:
+    old_height, old_width = v2.functional.get_size(image)
+    if old_height < height or old_width < width:
+        raise ValueError(
+            f"no {height}x{width} pixels can be cropped from an image of "
+            f"{old_height}x{old_width}; --crop whole resizes it"
+        )
+    return v2.functional.center_crop(image, [height, width])
 
 
 def make_mix(mixup: float, cutmix: float, classes: int) -> Callable:
@@ -852,10 +1106,14 @@ class Kept:
 
 
 def normalizer(
-    name: str, device: torch.device
+    mean: Sequence[float], std: Sequence[float], device: torch.device
 ) -> Callable[[torch.Tensor], torch.Tensor]:
-    """The first step on the device: uint8 (B, 3, H, W) -> float32, standardized."""
-    source = DATASETS[name]
-    mean = 255 * torch.tensor(source.mean, device=device)[:, None, None]
-    std = 255 * torch.tensor(source.std, device=device)[:, None, None]
+    """The first step on the device: uint8 (B, 3, H, W) -> float32, standardized.
+
+    Args:
+        mean, std: of the channels, on the scale 0 to 1.
+        device: where the images will be.
+    """
+    mean = 255 * torch.tensor(mean, device=device)[:, None, None]
+    std = 255 * torch.tensor(std, device=device)[:, None, None]
     return lambda images: (images.float() - mean) / std

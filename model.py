@@ -240,11 +240,7 @@ class VisionTransformer(nn.Module):
         for name, number in positive.items():
             if number < 1:
                 raise ValueError(f"{name} must be at least 1, got {number}")
-        if height % patch_size or width % patch_size:
-            raise ValueError(
-                f"patch size {patch_size} does not divide the image size "
-                f"{height}x{width}"
-            )
+        grid = check_grid((height, width), patch_size)
         if embed_dim % num_heads:
             raise ValueError(
                 f"num_heads {num_heads} does not divide embed_dim {embed_dim}"
@@ -253,8 +249,8 @@ class VisionTransformer(nn.Module):
             raise ValueError(f"drop_path must be in [0, 1), got {drop_path}")
         if pool not in ("cls", "mean"):
             raise ValueError(f'pool must be "cls" or "mean", got {pool!r}')
-        self.img_size = (height, width)
-        self.grid = (height // patch_size, width // patch_size)
+        self.img_size, self.patch_size = (height, width), patch_size
+        self.grid = grid
         self.prefix_tokens = 1 if pool == "cls" else 0
 
         self.patch_embed = PatchEmbed(in_chans, embed_dim, patch_size)
@@ -282,6 +278,29 @@ class VisionTransformer(nn.Module):
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
 
+    @torch.no_grad()
+    def resize(self, img_size: int | tuple[int, int]) -> str:
+        """Take images of another size from now on: the position embedding is resized.
+
+        Args:
+            img_size: height and width in pixels, or one number for both.
+
+        Returns:
+            The change of the grid in words, such as "14x14 -> 12x16", or "".
+
+        Raises:
+            ValueError: the patch size does not divide the image size.
+        """
+        height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
+        old_grid = self.grid
+        self.grid = check_grid((height, width), self.patch_size)
+        self.img_size = (height, width)
+        pos_embed, change = resize_pos_embed(
+            self.pos_embed, self.prefix_tokens, old_grid, self
+        )
+        self.pos_embed = nn.Parameter(pos_embed)
+        return change
+
     def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(B, C, height, width) -> logits (B, classes), similarity (B, h, H, W).
 
@@ -307,6 +326,20 @@ class VisionTransformer(nn.Module):
         logits = self.head(self.norm(x).mean(1))  # with one token, that token
         similarity = scores[:, :, 0, self.prefix_tokens :]  # (B, h, H * W)
         return logits, similarity.unflatten(-1, self.grid)
+
+
+def check_grid(img_size: tuple[int, int], patch_size: int) -> tuple[int, int]:
+    """Patches along height and width.
+
+    Raises:
+        ValueError: the patch size does not divide the image size.
+    """
+    height, width = img_size
+    if min(height, width) < patch_size or height % patch_size or width % patch_size:
+        raise ValueError(
+            f"patch size {patch_size} does not divide the image size {height}x{width}"
+        )
+    return height // patch_size, width // patch_size
 
 
 def read_checkpoint(path: str | os.PathLike) -> Mapping:
@@ -339,13 +372,27 @@ def read_checkpoint(path: str | os.PathLike) -> Mapping:
     return checkpoint
 
 
+def unwrap(checkpoint: Mapping) -> dict[str, torch.Tensor]:
+    """The tensors of a checkpoint of this project, timm, DeiT or DINO, by plain name.
+
+    Unwraps "model", "state_dict" or "teacher"; strips "module.", "backbone." and
+    "_orig_mod.".
+    """
+    for wrapper in ("model", "state_dict", "teacher"):
+        if isinstance(checkpoint.get(wrapper), Mapping):
+            checkpoint = checkpoint[wrapper]
+    return {
+        re.sub(r"^((module|_orig_mod|backbone)\.)+", "", name): tensor
+        for name, tensor in checkpoint.items()
+        if isinstance(tensor, torch.Tensor)
+    }
+
+
 def load_weights(model: VisionTransformer, weights: str | os.PathLike | Mapping) -> str:
     """Start a model from a checkpoint of this project, timm, DeiT or DINO.
 
-    Unwraps "model", "state_dict" or "teacher", strips "module.", "backbone." and
-    "_orig_mod.", resizes the position embedding to the model's grid (bicubic), and
-    leaves the head at its initial values where the number of classes differs or the
-    file has none.
+    Resizes the position embedding to the model's grid (bicubic), and leaves the head at
+    its initial values where the number of classes differs or the file has none.
 
     Args:
         model: changed in place, and only if everything fits.
@@ -364,15 +411,7 @@ def load_weights(model: VisionTransformer, weights: str | os.PathLike | Mapping)
     if "architecture" in weights:  # a checkpoint of train.py knows its grid
         with torch.device("meta"):
             grid = VisionTransformer(**weights["architecture"]).grid
-    for wrapper in ("model", "state_dict", "teacher"):
-        if isinstance(weights.get(wrapper), Mapping):
-            weights = weights[wrapper]
-    given = {
-        re.sub(r"^((module|_orig_mod|backbone)\.)+", "", name): tensor
-        for name, tensor in weights.items()
-        if isinstance(tensor, torch.Tensor)
-    }
-    own = model.state_dict()
+    given, own = unwrap(weights), model.state_dict()
     head = {name: tensor for name, tensor in own.items() if name.startswith("head.")}
     report, loaded = [], len(own)
 

@@ -18,6 +18,7 @@ import re
 import runpy
 import shutil
 import signal
+import statistics
 import struct
 import subprocess
 import sys
@@ -31,6 +32,7 @@ from functools import partial
 from pathlib import Path
 from typing import NoReturn
 
+import numpy
 import pytest
 import torch
 import torch._dynamo.testing
@@ -893,6 +895,31 @@ def write_images(folder: Path, names: Iterable[str]) -> None:
         image.save(folder / name)
 
 
+def write_mask(path: Path, mask: torch.Tensor) -> None:
+    """As VOC's: an image whose pixels are numbers of colours in a table."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image = v2.functional.to_pil_image(mask.to(torch.uint8)[None])
+    image.putpalette([37 * n % 256 for n in range(768)])
+    assert image.mode == "P"
+    image.save(path)
+
+
+def write_voc2012(folder: Path) -> None:
+    """Two images of val: one with objects of classes 15 and 2, one without."""
+    inside = folder / "VOCdevkit" / "VOC2012"
+    names = ("2007_000033", "2007_000042")
+    write_images(inside / "JPEGImages", (f"{name}.jpg" for name in names))
+    masks = torch.zeros(2, 40, 60)
+    masks[0, 4:20, 4:20], masks[0, 6:18, 6:18] = 255, 15
+    masks[0, 20:30, 30:50] = 2
+    for name, mask in zip(names, masks):
+        write_mask(inside / "SegmentationClass" / f"{name}.png", mask)
+    lists = inside / "ImageSets" / "Segmentation"
+    lists.mkdir(parents=True)
+    (lists / "train.txt").write_text("2007_000032\n")
+    (lists / "val.txt").write_text("".join(f"{name}\n" for name in names))
+
+
 def write_folder(
     folder: Path,
     classes: Sequence[str] = ("cat", "dog"),
@@ -975,6 +1002,10 @@ def write_pets(folder: Path) -> None:
             for i in range(count)
         ]
         write_images(inside / "images", (f"{name}.jpg" for name in names))
+        for name in names:  # of pixels 1 is pet, 2 background, 3 border
+            trimap = torch.full((40, 60), 2)
+            trimap[10:20, 10:30], trimap[12:20, 12:28] = 3, 1
+            write_mask(inside / "annotations" / "trimaps" / f"{name}.png", trimap)
         lines = [f"{name} {1 + (i >= count)} 1 1" for i, name in enumerate(names)]
         (inside / "annotations" / f"{split}.txt").write_text("\n".join(lines) + "\n")
 
@@ -1039,7 +1070,8 @@ def test_data_sets_on_disk(
     write(tmp_path)
     augment = data.train_transform(name, 32, crop=crop, rand_augment=9, reprob=1.0)
     plain = data.test_transform(32, crop=crop)
-    normalize = data.normalizer(name, torch.device("cpu"))
+    source = data.DATASETS[name]
+    normalize = data.normalizer(source.mean, source.std, torch.device("cpu"))
     for split, transform, size in zip(("train", "test"), (augment, plain), sizes):
         dataset = data.load_dataset(name, tmp_path, split, transform)
         assert len(dataset) == size
@@ -1251,9 +1283,11 @@ def test_damaged_archives_leave_nothing_behind(tmp_path: Path) -> None:
 @needs_project
 def test_normalizer() -> None:
     images = torch.randint(256, (2, 3, 4, 4), dtype=torch.uint8)
-    got = data.normalizer("cifar100", torch.device("cpu"))(images)
-    mean = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)
-    std = torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
+    mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+    source = data.DATASETS["cifar100"]
+    assert (source.mean, source.std) == (mean, std)
+    got = data.normalizer(mean, std, torch.device("cpu"))(images)
+    mean, std = (torch.tensor(each).view(3, 1, 1) for each in (mean, std))
     torch.testing.assert_close(got, (images / 255 - mean) / std)
 
 
@@ -1479,11 +1513,11 @@ def test_train_and_eval_from_the_shell(tmp_path: Path) -> None:
 def test_other_images_are_normalized_like_those_of_training(
     tmp_path, monkeypatch
 ) -> None:
-    evaluation, names = importlib.import_module("eval"), []
+    means = []
 
-    def normalizer(name: str, device: torch.device):
-        names.append(name)
-        return data.normalizer(name, device)
+    def normalizer(mean, std, device: torch.device):
+        means.append(mean)
+        return data.normalizer(mean, std, device)
 
     monkeypatch.setattr(data, "SHAPES_COUNT", {"train": 80, "test": 16})
     monkeypatch.setattr(evaluation, "normalizer", normalizer)
@@ -1496,7 +1530,7 @@ def test_other_images_are_normalized_like_those_of_training(
     command = f"eval --device cpu --checkpoint {tmp_path}/sorted.pt"
     command += f" --dataset folder --data-dir {tmp_path}/images"
     assert run(monkeypatch, command) == 0
-    assert names == ["shapes"]
+    assert means == [data.DATASETS["shapes"].mean]
 
 
 @needs_project
@@ -1763,6 +1797,686 @@ def test_the_papers_protocol(tmp_path, monkeypatch) -> None:
     assert math.isfinite(checkpoint["log"][1]["train_loss"])
 
 
+# ---------------------------------------------------------------------- the evaluation
+
+
+@needs_project
+@pytest.mark.parametrize(
+    "name, write, count, expected",
+    [
+        ("voc2012", write_voc2012, 2, {0: 32 * 48 - 540, 2: 160, 15: 120, 255: 260}),
+        ("pets", write_pets, 4, {0: 32 * 48 - 128, 1: 88, 255: 40}),
+        ("fashion-mnist", write_fashion_mnist, 10, None),
+        ("shapes", lambda folder: None, 2000, None),
+    ],
+)
+def test_masks_of_data_sets(
+    name, write, count, expected, tmp_path, monkeypatch
+) -> None:
+    monkeypatch.setattr(urllib.request, "urlopen", no_network)
+    write(tmp_path)
+    size = {"fashion-mnist": (28, 28), "shapes": (56, 56)}.get(name, (40, 60))
+    masked = data.load_masks(name, tmp_path, size)
+    assert len(masked) == count
+    image, mask = masked[0]
+    assert (image.dtype, image.shape) == (torch.uint8, (3, *size))
+    assert (mask.dtype, mask.shape) == (torch.int64, size)
+    numbers, counts = mask.unique(return_counts=True)
+    found = dict(zip(numbers.tolist(), counts.tolist()))
+    if name == "voc2012":  # 16 x 16 less 12 x 12 of void, 12 x 12, 10 x 20
+        assert found == {0: 2400 - 456, 2: 200, 15: 144, 255: 112}
+        assert masked[1][1].count_nonzero() == 0
+    elif name == "pets":
+        assert found == {0: 2400 - 200, 1: 128, 255: 72}
+    elif name == "shapes":
+        assert mask.bool().equal(data.Shapes("test").masks[0])
+    else:
+        assert mask.bool().equal(image[0] > 0)
+        assert 0 in found
+    halves = data.load_masks(name, tmp_path, (size[0] // 2, size[1] // 2))[0]
+    assert halves[0].shape[1:] == halves[1].shape == (size[0] // 2, size[1] // 2)
+    # The nearest pixel, as PIL takes it.
+    assert halves[1].equal(mask[1::2, 1::2])
+
+
+@needs_project
+def test_masks_that_are_not_there(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(urllib.request, "urlopen", no_network)
+    with pytest.raises(FileNotFoundError, match="VOCdevkit/VOC2012"):
+        data.load_masks("voc2012", tmp_path, (8, 8))
+    assert list(tmp_path.iterdir()) == []
+    write_voc2012(tmp_path)
+    mask = tmp_path / "VOCdevkit" / "VOC2012" / "SegmentationClass" / "2007_000033.png"
+    write_mask(mask, torch.full((40, 60), 21))
+    with pytest.raises(ValueError, match="21"):
+        data.load_masks("voc2012", tmp_path, (8, 8))[0]
+    mask.write_text("no image")
+    masked = data.load_masks("voc2012", tmp_path, (8, 8))
+    with pytest.raises(OSError, match=r"2007_000033\.jpg .*2007_000033\.png"):
+        masked[0]
+    assert list(data.unreadable(masked)) == [0]
+
+
+CLASSES = ["ant", "bee", "cat", "dog", "elk"]
+
+
+def write_run(path: Path, model=None, **settings) -> None:
+    """A checkpoint as train.py writes it, of an untrained `small_model`."""
+    model = model or small_model()
+    architecture = {"img_size": model.img_size, "patch_size": 8, "num_classes": 5}
+    architecture |= {"embed_dim": 32, "depth": 3, "num_heads": 2}
+    run_settings = {"model": "vit_mini", "dataset": "folder", "crop": "resized"}
+    run_settings |= {"data_dir": str(path.parent), "batch_size": 3, "epochs": 1}
+    run_settings |= {"amp": False, "device": "cpu"}
+    checkpoint = {
+        "architecture": architecture,
+        "settings": run_settings | settings,
+        "classes": CLASSES,
+        "model": model.state_dict(),
+        "epoch": 1,
+    }
+    torch.save(checkpoint, path)
+
+
+def numbers(monkeypatch, tmp_path: Path, command: str) -> dict:
+    """What `eval.py --json` writes."""
+    command += f" --device cpu --json {tmp_path}/numbers.json"
+    assert run(monkeypatch, f"eval --checkpoint {tmp_path}/run.pt {command}") == 0
+    return json.loads((tmp_path / "numbers.json").read_text())
+
+
+@needs_project
+def test_accuracy_is_that_of_the_logits(tmp_path, monkeypatch) -> None:
+    """For any batch size and number of workers, as image by image."""
+    write_folder(tmp_path, CLASSES)
+    write_run(tmp_path / "run.pt")
+    model = small_model()
+    transform = data.test_transform((24, 40), crop="resized")
+    dataset = data.load_dataset("folder", tmp_path, "test", transform)
+    mean, std = data.IMAGENET_MEAN, data.IMAGENET_STD
+    normalize = data.normalizer(mean, std, torch.device("cpu"))
+    with torch.inference_mode():
+        given = [model(normalize(image[None])) for image, _ in dataset]
+    logits, maps = (torch.cat(each) for each in zip(*given))
+    top1 = 100 * (logits.argmax(1) == dataset.targets).float().mean().item()
+    for options in ("", "--batch-size 1", "--batch-size 7 --workers 2"):
+        found = numbers(monkeypatch, tmp_path, options)["accuracy"]
+        assert found["images"] == 10
+        assert found["acc1"] == pytest.approx(top1)
+        assert found["acc5"] == 100
+        loss = F.cross_entropy(logits, dataset.targets).item()
+        assert found["loss"] == pytest.approx(loss, abs=1e-5)
+        entropies = spatial_entropy(maps, "none").mean(0)
+        assert found["entropy_per_head"] == pytest.approx(entropies.tolist(), abs=1e-5)
+        counts = evaluation.count_components(maps).float().mean(0)
+        assert found["components_per_head"] == pytest.approx(counts.tolist())
+    assert (found["dataset"], found["split"]) == ("folder", "test")
+
+
+@needs_project
+@pytest.mark.parametrize("size", ["48", "16 64"])
+def test_accuracy_at_another_size(size, tmp_path, monkeypatch, capsys) -> None:
+    write_folder(tmp_path, CLASSES)
+    write_run(tmp_path / "run.pt")
+    found = numbers(monkeypatch, tmp_path, f"--img-size {size}")["accuracy"]
+    height, width = [int(each) for each in size.split()] * (2 if " " not in size else 1)
+    assert found["img_size"] == [height, width]
+    output = capsys.readouterr().out
+    assert f"position embedding resized 3x5 -> {height // 8}x{width // 8}" in output
+    model = small_model()
+    model.resize((height, width))
+    transform = data.test_transform((height, width), crop="resized")
+    dataset = data.load_dataset("folder", tmp_path, "test", transform)
+    images = torch.stack([image for image, _ in dataset])
+    normalize = data.normalizer(
+        data.IMAGENET_MEAN, data.IMAGENET_STD, torch.device("cpu")
+    )
+    with torch.inference_mode():
+        logits, _ = model(normalize(images))
+    loss = F.cross_entropy(logits, dataset.targets).item()
+    assert found["loss"] == pytest.approx(loss, abs=1e-5)
+
+
+@needs_project
+def test_a_crop_covers_the_input(tmp_path: Path) -> None:
+    """Without changing the aspect, and as torchvision's own for squares."""
+    image = torch.randint(256, (3, 50, 80), dtype=torch.uint8)
+    square = data.test_transform(28, crop="resized")(image)
+    resized = v2.Resize(32, v2.InterpolationMode.BICUBIC)(image)
+    assert square.equal(v2.CenterCrop(28)(resized))
+    for size in ((28, 56), (56, 28), (28, 28)):
+        cropped = data.test_transform(size, crop="resized")(image)
+        assert cropped.shape[1:] == size
+        height, width = (side * 256 // 224 for side in size)
+        covered = data._cover(height, width, image)
+        assert covered.shape[1] == height or covered.shape[2] == width
+        assert covered.shape[1] >= height
+        assert covered.shape[2] >= width
+        aspect = covered.shape[2] / covered.shape[1]
+        assert aspect == pytest.approx(80 / 50, rel=0.03)
+    center = data.test_transform((20, 40), crop="center")(image)
+    assert center.equal(image[:, 15:35, 20:60])
+    with pytest.raises(ValueError, match="--crop whole"):
+        data.test_transform(64, crop="center")(image)
+
+
+@needs_project
+def test_classes_are_matched_by_name(tmp_path, monkeypatch, capsys) -> None:
+    """A subset of the classes: the other logits are left out, and the output says so."""
+    folder = tmp_path / "rendition"  # as ImageNet-R's: without train/ and val/
+    write_images(folder, (f"{name}/{i}.png" for name in ("bee", "elk") for i in (0, 1)))
+    write_run(tmp_path / "run.pt")
+    options = f"--dataset folder --data-dir {folder}"
+    found = numbers(monkeypatch, tmp_path, options)["accuracy"]
+    assert "restricted to its 2 of 5 classes" in capsys.readouterr().out
+    transform = data.test_transform((24, 40), crop="resized")
+    dataset = data.load_dataset("folder", folder, "test", transform)
+    normalize = data.normalizer(
+        data.IMAGENET_MEAN, data.IMAGENET_STD, torch.device("cpu")
+    )
+    with torch.inference_mode():
+        images = torch.stack([image for image, _ in dataset])
+        logits = small_model()(normalize(images))[0][:, [1, 4]]
+    loss = F.cross_entropy(logits, torch.tensor([0, 0, 1, 1])).item()
+    assert found["loss"] == pytest.approx(loss, abs=1e-5)
+    (folder / "yak").mkdir()
+    (folder / "bee" / "0.png").rename(folder / "yak" / "0.png")
+    command = f"eval --checkpoint {tmp_path}/run.pt --device cpu {options}"
+    assert run(monkeypatch, command) == 2
+    error = capsys.readouterr().err
+    assert "1 of the 3 classes of folder are unknown" in error
+    assert error.endswith(": yak\n")
+
+
+@needs_project
+def test_weights_of_others(tmp_path, monkeypatch, capsys) -> None:
+    """Those of timm, DeiT and DINO: what --model does not say is read from them."""
+    monkeypatch.setitem(
+        vit.MODELS, "vit_tiny", {"embed_dim": 32, "depth": 3, "num_heads": 2}
+    )
+    write_folder(tmp_path, CLASSES)
+    weights = small_model(img_size=24).state_dict()
+    write_run(tmp_path / "run.pt", small_model(img_size=24))
+    expected = numbers(monkeypatch, tmp_path, "")["accuracy"]
+    common = f"--model vit_tiny --dataset folder --data-dir {tmp_path}"
+    wrapped = {f"module.{name}": tensor for name, tensor in weights.items()}
+    torch.save({"model": wrapped}, tmp_path / "run.pt")
+    found = numbers(monkeypatch, tmp_path, common)["accuracy"]
+    assert found["acc1"] == expected["acc1"]
+    assert found["loss"] == pytest.approx(expected["loss"])
+    assert "taken in the order they have" in capsys.readouterr().out
+    half = " --mean 0.5 0.5 0.5 --std 0.5 0.5 0.5 --img-size 32"
+    found = numbers(monkeypatch, tmp_path, common + half)["accuracy"]
+    assert found["loss"] != pytest.approx(expected["loss"])
+
+    # With names for the classes, a subset of them is known.
+    names = tmp_path / "names.txt"
+    names.write_text(
+        "".join(f"n0000000{n} {name}, etc.\n" for n, name in enumerate("abcde"))
+    )
+    ids = tmp_path / "ids"
+    write_images(ids, ("n00000003/0.png", "n00000001/0.png"))
+    command = f"--model vit_tiny --dataset folder --data-dir {ids} --classes {names}"
+    assert numbers(monkeypatch, tmp_path, command)["accuracy"]["images"] == 2
+    assert "restricted to its 2 of 5 classes" in capsys.readouterr().out
+
+    def refused(options: str) -> str:
+        capsys.readouterr()
+        command = f"eval --checkpoint {tmp_path}/run.pt --device cpu {options}"
+        assert run(monkeypatch, command) == 2
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1
+        return error
+
+    assert "do so with --model" in refused("")
+    assert "knows no data set" in refused("--model vit_tiny")
+    assert "not a vit_small: " in refused(common.replace("vit_tiny", "vit_small"))
+    assert "--classes gives" in refused(f"{common.replace(str(tmp_path), str(ids))}")
+    names.write_text("one\n")
+    assert "names 1 classes, and the head has 5" in refused(command)
+    headless = {f"backbone.{n}": t for n, t in weights.items() if "head" not in n}
+    torch.save({"teacher": headless}, tmp_path / "run.pt")
+    assert "has no head" in refused(common)
+    write_voc2012(tmp_path)
+    options = "--model vit_tiny --segmentation voc2012 --protocol sar --img-size 32 48"
+    options += f" --data-dir {tmp_path}"
+    found = numbers(monkeypatch, tmp_path, options)
+    assert found["segmentation"]["images_with_objects"] == 1
+    torch.save({"dist_token": weights["cls_token"]} | weights, tmp_path / "run.pt")
+    assert "distillation token" in refused(common)
+    torch.save({"fc.weight": torch.ones(2, 2)}, tmp_path / "run.pt")
+    assert "holds no Vision Transformer" in refused(common)
+
+
+@needs_project
+@pytest.mark.parametrize("protocol", ["dino", "sar", "ipvit"])
+def test_segmentation_of_voc(protocol, tmp_path, monkeypatch, capsys) -> None:
+    """From files to the printed number, at the protocol's input size."""
+    torch.manual_seed(0)
+    write_voc2012(tmp_path)
+    write_run(tmp_path / "run.pt")
+    rule = evaluation.PROTOCOLS[protocol]
+    table = {protocol: evaluation.Protocol(64, rule.mass, rule.void_counts)}
+    monkeypatch.setattr(evaluation, "PROTOCOLS", table)
+    options = f"--segmentation voc2012 --protocol {protocol}"
+    found = numbers(monkeypatch, tmp_path, options)["segmentation"]
+    assert (found["split"], found["protocol"]) == ("val", protocol)
+    assert found["img_size"] == [64, 64]
+    masked = data.load_masks("voc2012", tmp_path, (64, 64))
+    model = small_model()
+    model.resize(64)
+    normalize = data.normalizer(
+        data.IMAGENET_MEAN, data.IMAGENET_STD, torch.device("cpu")
+    )
+    images, masks = (torch.stack(each) for each in zip(*masked))
+    with torch.inference_mode():
+        _, maps = model(normalize(images))
+    keep = partial(evaluation.mass_mask, mass=rule.mass)
+    best, count = slow_segment(maps, masks, keep, rule.void_counts)
+    assert found["jaccard_mass"] == pytest.approx(best, abs=1e-3)
+    assert (found["images"], found["images_with_objects"], count) == (2, 1, 1)
+    output = capsys.readouterr().out
+    void = "counted as background" if rule.void_counts else "left out"
+    mass = f"{round(100 * rule.mass)} % of the mass"
+    expected = f"protocol {protocol}: input 64x64 pixels, {mass}, void pixels {void}"
+    assert expected in output
+    assert f"{best:.2f}" in output
+
+
+@needs_project
+@pytest.mark.parametrize("name", ["pets", "shapes", "fashion-mnist"])
+def test_segmentation_of_other_sets(name, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(data, "SHAPES_COUNT", {"train": 8, "test": 8})
+    write_pets(tmp_path)
+    write_fashion_mnist(tmp_path)
+    write_run(tmp_path / "run.pt", dataset="shapes")
+    size = "--img-size 32 48 " if name == "pets" else ""
+    command = f"{size}--segmentation {name} --attention {tmp_path}/a.png --rows 2"
+    found = numbers(monkeypatch, tmp_path, command)["segmentation"]
+    assert found["images"] == {"pets": 4, "shapes": 8, "fashion-mnist": 10}[name]
+    assert 0 < found["jaccard_mean"] < 100
+    assert (tmp_path / "a.png").is_file()
+
+
+@needs_project
+def test_corruption_means() -> None:
+    errors = {
+        name: dict.fromkeys(range(1, 6), 50.0) for name in evaluation.ALEXNET_ERRORS
+    }
+    errors["fog"] = {1: 10.0, 2: 20.0, 3: 30.0, 4: 40.0, 5: 100.0}  # 40 in the mean
+    errors["saturate"] = dict.fromkeys(range(1, 6), 99.0)  # in no mean
+    found = evaluation.corruption_means(errors, mce=True)
+    assert found["mean_error"] == pytest.approx((14 * 50 + 40) / 15)
+    assert "saturate" not in found["mean_over"]
+    assert found["ce"]["fog"] == pytest.approx(100 * 40 / 81.9324)
+    # AlexNet itself has mCE 100.
+    alexnet = {
+        name: dict.fromkeys(range(1, 6), error)
+        for name, error in evaluation.ALEXNET_ERRORS.items()
+    }
+    assert evaluation.corruption_means(alexnet, True)["mce"] == pytest.approx(100)
+    del alexnet["snow"]
+    assert "mce" not in evaluation.corruption_means(alexnet, True)
+    with pytest.raises(ValueError, match="severities 1 to 5 of fog; there are 2, 3"):
+        evaluation.corruption_means({"fog": {2: 1.0, 3: 1.0}}, True)
+    with pytest.raises(ValueError, match="AlexNet's errors are known for"):
+        evaluation.corruption_means({"rain": {1: 1.0}}, True)
+
+
+@needs_project
+def test_corruptions_in_folders(tmp_path, monkeypatch, capsys) -> None:
+    """ImageNet-C's layout: images are cropped alone, and classes matched by name."""
+    folder = tmp_path / "corrupted"
+    for name in ("fog", "snow", "saturate"):
+        for severity in (1, 2, 3, 4, 5):
+            names = (f"{name}/{severity}/{each}/0.png" for each in ("dog", "cat"))
+            write_images(folder, names)
+    write_run(tmp_path / "run.pt")
+    command = f"--corruptions {folder} --mce"
+    found = numbers(monkeypatch, tmp_path, command)["corruptions"]
+    assert set(found["errors"]) == {"fog", "snow", "saturate"}
+    output = capsys.readouterr().out
+    assert "of only 2 of 15" in output
+    assert "restricted to its 2 of 5 classes" in output
+    normalize = data.normalizer(
+        data.IMAGENET_MEAN, data.IMAGENET_STD, torch.device("cpu")
+    )
+    model, correct = small_model(), 0
+    for label, name in enumerate(("cat", "dog")):
+        image = data.open_image(folder / "fog" / "3" / name / "0.png")
+        image = data.AS_TENSOR(image)[:, 8:32, 10:50]
+        logits = model(normalize(image[None]))[0][0, [2, 3]]
+        correct += int(logits.argmax() == label)
+    assert found["errors"]["fog"]["3"] == 100 - 50 * correct
+    assert found["images"]["fog"]["3"] == 2
+
+
+@needs_project
+def test_corruptions_in_arrays(tmp_path, monkeypatch, capsys) -> None:
+    """CIFAR-C's layout: severities one after the other."""
+    folder = tmp_path / "CIFAR-C"
+    folder.mkdir()
+    labels = torch.tensor([0, 1, 2] * 5)
+    pixels = torch.randint(256, (15, 32, 32, 3), dtype=torch.uint8)
+    numpy.save(folder / "labels.npy", labels.numpy())
+    numpy.save(folder / "fog.npy", pixels.numpy())
+    write_run(tmp_path / "run.pt", crop="whole")
+    found = numbers(monkeypatch, tmp_path, f"--corruptions {folder}")["corruptions"]
+    sets = data.load_corruptions(folder, None, None)["fog"]
+    assert [len(sets[severity]) for severity in range(1, 6)] == [3] * 5
+    assert (sets[2].images == pixels[3:6].numpy()).all()
+    assert sets[2].targets.tolist() == [0, 1, 2]
+    errors = found["errors"]["fog"].values()
+    assert found["mean_error"] == pytest.approx(statistics.mean(errors))
+    numpy.save(folder / "labels.npy", labels[:3].numpy())  # once for all severities
+    again = numbers(monkeypatch, tmp_path, f"--corruptions {folder}")["corruptions"]
+    assert again == found
+    for wrong in (pixels[:14], pixels.float(), pixels[..., :1]):
+        numpy.save(folder / "fog.npy", wrong.numpy())
+        with pytest.raises(ValueError, match=r"fog\.npy is not uint8"):
+            data.load_corruptions(folder, None, None)
+    with pytest.raises(ValueError, match="neither"):
+        data.load_corruptions(tmp_path, None, None)
+    numpy.save(folder / "fog.npy", pixels.numpy())
+    numpy.save(folder / "labels.npy", labels.numpy() + 5)
+    command = f"eval --checkpoint {tmp_path}/run.pt --corruptions {folder}"
+    assert run(monkeypatch, command) == 2
+    assert "has 5 classes" in capsys.readouterr().err
+
+
+@needs_project
+@pytest.mark.parametrize("workers", [0, 1])
+def test_unreadable_images_are_counted(workers, tmp_path, monkeypatch, capsys) -> None:
+    write_folder(tmp_path, CLASSES)
+    write_run(tmp_path / "run.pt")
+    for name in ("bee/1.png", "dog/0.png"):
+        (tmp_path / "val" / name).write_text("no image")
+    options = f"--device cpu --checkpoint {tmp_path}/run.pt --workers {workers}"
+    assert run(monkeypatch, f"eval {options} --json {tmp_path}/no.json") == 2
+    error = capsys.readouterr().err
+    assert "2 of 10 images cannot be read, which --skip-unreadable" in error
+    assert "val/bee/1.png" in error
+    assert "val/dog/0.png" in error
+    assert error.count("\n") == 1
+    assert not (tmp_path / "no.json").exists()
+    options = f"--workers {workers} --skip-unreadable"
+    found = numbers(monkeypatch, tmp_path, options)["accuracy"]
+    assert (found["images"], found["unreadable"]) == (8, 2)
+    assert "images left out: 2 of 10: " in capsys.readouterr().out
+
+
+@needs_project
+def test_the_picture_takes_any_image(tmp_path, monkeypatch, capsys) -> None:
+    folder = tmp_path / "images"
+    write_images(folder, ("a.png", "more/b.jpg"))
+    tall = v2.functional.to_pil_image(torch.rand(1, 90, 30))  # grey
+    tall.save(folder / "c.png")
+    wide = v2.functional.to_pil_image(torch.rand(3, 9, 200)).convert("RGBA")
+    wide.save(folder / "d.png")
+    (folder / "notes.txt").write_text("no image, and not taken for one")
+    write_run(tmp_path / "run.pt")
+    write_run(tmp_path / "other.pt", small_model(img_size=32))
+    picture = tmp_path / "picture.png"
+
+    def decode(file: Path) -> torch.Tensor:
+        return data.AS_TENSOR(data.open_image(file))
+
+    def draw(options: str) -> int:
+        command = f"eval --device cpu --checkpoint {tmp_path}/run.pt {options}"
+        return run(monkeypatch, f"{command} --attention {picture} --images {folder}")
+
+    assert draw("") == 0
+    alone = decode(picture)
+    assert draw(f"--compare {tmp_path}/other.pt") == 0
+    both = decode(picture)
+    assert both.shape[2] > alone.shape[2]
+    assert draw("--rows 1") == 0
+    assert decode(picture).shape[1] < alone.shape[1]
+    capsys.readouterr()
+    before = picture.read_bytes()
+    (folder / "b.png").write_text("no image")
+    assert draw("") == 2
+    assert "1 of 5 images cannot be read" in capsys.readouterr().err
+    assert picture.read_bytes() == before
+    assert draw("--skip-unreadable") == 0
+    shutil.rmtree(folder)
+    assert draw("") == 2
+    folder.mkdir()
+    assert draw("") == 2
+    error = capsys.readouterr().err
+    assert "there is no folder of images at" in error
+    assert "there are no images in" in error
+
+
+@needs_project
+def test_the_picture_shows_what_it_says() -> None:
+    """Two components of different mass: their colours, and the text below them."""
+    similarity = torch.zeros(1, 6, 6)
+    similarity[0, 1:3, 1:3], similarity[0, 4, 4] = 9, 5
+    image = torch.full((3, 120, 120), 90, dtype=torch.uint8)
+    column = evaluation.draw_head(image, similarity[0], 0.6)
+    attention, kept, components = (
+        column[:, top : top + 120, :120] for top in (0, 126, 252)
+    )
+    bright = torch.tensor(evaluation.HEAT[-1], dtype=torch.uint8)
+    assert attention[:, 30, 30].equal(bright)
+    assert attention[:, 110, 110].tolist() == list(evaluation.HEAT[0])
+    assert kept[:, 30, 30].equal(image[:, 0, 0])  # holds the mass: as in the image
+    assert kept[:, 90, 90].equal(kept[:, 0, 0])  # does not
+    assert not kept[:, 90, 90].equal(image[:, 0, 0])
+    first, second = components[:, 30, 30].int(), components[:, 90, 90].int()
+    for colour, pixel in zip(evaluation.PALETTE, (first, second)):
+        distances = (torch.tensor(evaluation.PALETTE) - pixel).abs().sum(1)
+        assert evaluation.PALETTE[distances.argmin()] == colour
+    text = column[:, 378:].float().mean(0)
+    assert (text < 128).any()  # H and K
+
+
+@needs_project
+def test_progress_is_shown_on_long_runs(monkeypatch, capsys) -> None:
+    clock = iter(range(0, 10_000, 50))  # seconds
+    monkeypatch.setattr(evaluation.time, "perf_counter", lambda: next(clock))
+    dataset = torch.utils.data.TensorDataset(torch.zeros(8), torch.zeros(8))
+    loader = torch.utils.data.DataLoader(dataset, batch_size=2)
+    assert len(list(evaluation.progress(loader))) == 4
+    assert (
+        capsys.readouterr().out
+        == "4 of 8 images, 1:40 left\n8 of 8 images, 0:00 left\n"
+    )
+
+
+@needs_project
+def test_json_has_null_for_what_is_not_finite() -> None:
+    given = {"a": [1.0, math.nan], "b": {"c": math.inf}, "d": (2, "e")}
+    assert evaluation.finite(given) == {
+        "a": [1.0, None],
+        "b": {"c": None},
+        "d": [2, "e"],
+    }
+
+
+@needs_project
+def test_evaluation_benchmark(monkeypatch, capsys) -> None:
+    monkeypatch.setattr(evaluation, "BENCHMARK_ROUNDS", 1)
+    tiny = {"embed_dim": 8, "depth": 1, "num_heads": 2}
+    monkeypatch.setitem(vit.MODELS, "vit_small", tiny)
+    monkeypatch.setitem(sys.modules, "timm", None)
+    assert run(monkeypatch, "eval --benchmark --device cpu --batch-size 1") == 0
+    output = capsys.readouterr().out
+    assert "evaluate" in output
+    assert "Jaccard index" in output
+
+
+# ------------------------------------------------------------ attention and objects
+
+
+@needs_project
+@pytest.mark.parametrize(
+    "masses, share, kept",
+    [
+        ([0.5, 0.3, 0.1, 0.1], 0.6, [1, 1, 0, 0]),  # 0.5 is too little, 0.8 enough
+        ([0.1, 0.6, 0.2, 0.1], 0.6, [0, 1, 0, 0]),  # exactly enough
+        ([0.1, 0.5, 0.2, 0.2], 0.6, [0, 1, 1, 1]),  # equal patches stay together
+        ([0.25, 0.25, 0.25, 0.25], 0.6, [1, 1, 1, 1]),
+        ([0.4, 0.3, 0.2, 0.1], 0.9, [1, 1, 1, 0]),
+        ([0.4, 0.3, 0.2, 0.1], 1.0, [1, 1, 1, 1]),
+    ],
+)
+def test_mass_mask(masses, share, kept) -> None:
+    similarity = torch.tensor(masses).log().view(1, 1, 2, 2) + 7  # softmax undoes both
+    found = evaluation.mass_mask(similarity, share)
+    assert found.flatten().tolist() == [bool(each) for each in kept]
+
+
+@needs_project
+def test_mass_mask_does_not_depend_on_the_order_of_patches() -> None:
+    similarity = torch.randint(4, (50, 3, 6, 8)).float()
+    order = torch.randperm(48)
+    shuffled = similarity.flatten(-2)[..., order].view(50, 3, 6, 8)
+    found = evaluation.mass_mask(similarity, 0.6).flatten(-2)[..., order]
+    assert found.equal(evaluation.mass_mask(shuffled, 0.6).flatten(-2))
+    mass = similarity.flatten(-2).softmax(-1)
+    kept = evaluation.mass_mask(similarity, 0.6).flatten(-2)
+    held = (mass * kept).sum(-1)
+    assert (held >= 0.6 - 1e-5).all()
+    least = mass.where(kept, math.inf).amin(-1, keepdim=True)
+    assert ((mass * (mass > least)).sum(-1) < 0.6).all()  # and no fewer would do
+
+
+# Two patches by two, of two pixels by two. The first head keeps the upper two patches,
+# the second the left two.
+PATCHES = torch.tensor([[[1, 1], [0, 0]], [[1, 0], [1, 0]]], dtype=torch.bool)
+BACKGROUND, ONE, TWO, EDGE = 0, 1, 2, 255
+OBJECTS = [
+    [ONE, ONE, EDGE, BACKGROUND],
+    [ONE, ONE, EDGE, BACKGROUND],
+    [EDGE, EDGE, EDGE, TWO],
+    [BACKGROUND, BACKGROUND, TWO, TWO],
+]
+
+
+@needs_project
+@pytest.mark.parametrize(
+    "void_counts, expected",
+    [
+        # Object 1 has 4 pixels, all kept by both heads. Void left out, the first keeps 6
+        # pixels, the second 4 + 2; object 2 has 3 pixels, and neither keeps one of them.
+        (False, [[4 / 6, 0], [4 / 6, 0]]),
+        (True, [[4 / 8, 0], [4 / 8, 0]]),
+    ],
+)
+def test_jaccard_by_hand(void_counts, expected) -> None:
+    masks = torch.tensor([OBJECTS])
+    index, there = evaluation.jaccard(PATCHES[None], masks, 3, void_counts)
+    assert there.tolist() == [[True, True, False]]
+    torch.testing.assert_close(index[0, :, :2], torch.tensor(expected).float())
+    assert index[0, :, 2].tolist() == [0, 0]  # no such object
+    # Turned upside down, the second head keeps 1 of the 3 pixels of object 2, and 8 in
+    # all, 4 void; both keep nothing of what was the upper half.
+    index, _ = evaluation.jaccard(PATCHES[None], masks.flip(1), 2, void_counts)
+    size = 8 if void_counts else 5
+    assert index[0, 0].tolist() == pytest.approx([0, 3 / size])
+
+
+def slow_segment(maps, masks, keep, void_counts) -> tuple[float, int]:
+    """The protocol pixel by pixel, image by image."""
+    of_images = []
+    for similarity, mask in zip(maps, masks):
+        scale = mask.shape[0] // similarity.shape[-2]
+        kept = keep(similarity).repeat_interleave(scale, 1).repeat_interleave(scale, 2)
+        of_objects = []
+        for number in set(mask.unique().tolist()) - {BACKGROUND, EDGE}:
+            counted = torch.ones_like(mask) if void_counts else mask != EDGE
+            of_heads = []
+            for head in kept:
+                both = head & (mask == number)
+                either = (head & (counted > 0)) | (mask == number)
+                of_heads.append(both.sum().item() / either.sum().item())
+            of_objects.append(max(of_heads))
+        if of_objects:
+            of_images.append(sum(of_objects) / len(of_objects))
+    return 100 * sum(of_images) / len(of_images), len(of_images)
+
+
+class Maps(torch.nn.Module):
+    """A model that gives prepared similarity maps; an image is the number of its map."""
+
+    def __init__(self, maps: torch.Tensor) -> None:
+        super().__init__()
+        self.maps = maps
+
+    def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return torch.zeros(len(images), 2), self.maps[images[:, 0, 0, 0].long()]
+
+
+def numbered_images(count: int, size: int) -> torch.Tensor:
+    images = torch.zeros(count, 3, size, size, dtype=torch.uint8)
+    return images + torch.arange(count, dtype=torch.uint8)[:, None, None, None]
+
+
+@needs_project
+@pytest.mark.parametrize("protocol", ["dino", "sar", "ipvit"])
+def test_segment_equals_its_slow_twin(protocol) -> None:
+    torch.manual_seed(0)
+    rule = evaluation.PROTOCOLS[protocol]
+    maps = torch.randn(7, 3, 4, 4)
+    masks = torch.randint(5, (7, 12, 12))
+    masks[masks == 4] = EDGE
+    masks[2] = BACKGROUND  # no object: the image is left out
+    masks[3] = EDGE
+    masks[4] = masks[4].clamp(max=1)  # one object
+    device, images = torch.device("cpu"), numbered_images(7, 12)
+    results = []
+    for size in (7, 2):
+        batches = list(zip(images.split(size), masks.split(size)))
+        given = (batches, torch.Tensor.float, device, False, rule, 3)
+        results.append(evaluation.segment(Maps(maps), *given))
+    torch.testing.assert_close(*results)
+    (result, _), heads = results, range(3)
+    assert (result["images"], result["images_with_objects"]) == (7, 5)
+    rules = {
+        "mass": partial(evaluation.mass_mask, mass=rule.mass),
+        "mean": lambda similarity: similarity > similarity.mean((-2, -1), keepdim=True),
+    }
+    for key, keep in rules.items():
+        slow = partial(slow_segment, masks=masks, void_counts=rule.void_counts)
+        best, count = slow(maps, keep=keep)
+        assert count == 5
+        assert result[f"jaccard_{key}"] == pytest.approx(best, abs=1e-4)
+        each = [slow(maps[:, n : n + 1], keep=keep)[0] for n in heads]
+        assert result[f"jaccard_{key}_per_head"] == pytest.approx(each, abs=1e-4)
+    expected = spatial_entropy(maps, "none").mean(0)
+    assert result["entropy_per_head"] == pytest.approx(expected.tolist(), abs=1e-5)
+
+
+@needs_project
+def test_protocols() -> None:
+    table = {
+        name: tuple(vars(rule).values()) for name, rule in evaluation.PROTOCOLS.items()
+    }
+    assert table == {
+        "dino": (480, 0.6, False),
+        "sar": (480, 0.6, True),
+        "ipvit": (512, 0.9, True),
+    }
+
+
+@needs_project
+def test_non_finite_scores_have_no_jaccard() -> None:
+    maps = torch.randn(2, 3, 4, 4)
+    maps[1, 2, 0, 0] = math.nan
+    batch = [(numbered_images(2, 8), torch.ones(2, 8, 8).long())]
+    given = (torch.Tensor.float, torch.device("cpu"), False)
+    rule = evaluation.PROTOCOLS["dino"]
+    result = evaluation.segment(Maps(maps), batch, *given, rule, 1)
+    assert math.isnan(result["jaccard_mass"])
+    assert math.isnan(result["jaccard_mean"])
+    none = [(numbered_images(1, 8), torch.zeros(1, 8, 8).long())]
+    result = evaluation.segment(Maps(maps), none, *given, rule, 1)
+    assert (result["images"], result["images_with_objects"]) == (1, 0)
+    assert math.isnan(result["jaccard_mass"])
+
+
 BAD_INPUT = {
     "train --dataset cifar1000": "invalid choice: 'cifar1000'",
     "train --dataset cifar100 --data-dir nowhere": "nowhere/cifar-100-python",
@@ -1785,6 +2499,14 @@ BAD_INPUT = {
     "eval --checkpoint used/checkpoint.pt": "used/checkpoint.pt is damaged",
     "eval --rows 0": "--rows",
     "eval --attention none/picture.png": "none/picture.png",
+    "eval --json none/numbers.json": "none/numbers.json",
+    "eval --images used": "--images needs --attention",
+    "eval --compare used/checkpoint.pt": "--compare needs --attention",
+    "eval --mce": "--mce needs --corruptions",
+    "eval --img-size 1 2 3": "--img-size takes one number, or height and width",
+    "eval --std 0 0 1": "--std must be above 0",
+    "eval --segmentation coco": "invalid choice: 'coco'",
+    "eval --model resnet50": "invalid choice: 'resnet50'",
 }
 
 

@@ -74,6 +74,7 @@ from eval import (
     load_run,
     number,
     rank,
+    replace,
     say,
     torchrun,
 )
@@ -535,7 +536,8 @@ def train(
     optimizer = make_optimizer(model, args.weight_decay)
     ema = copy.deepcopy(model).requires_grad_(False) if args.model_ema else None
     update_ema = get_ema_multi_avg_fn(args.model_ema_decay)
-    normalize = normalizer(args.dataset, device)
+    source = DATASETS[args.dataset]
+    normalize = normalizer(source.mean, source.std, device)
     mix = make_mix(args.mixup, args.cutmix, len(checkpoint["classes"]))
     steps = len(train_loader) // args.accumulate
     first, total = checkpoint["epoch"] * steps, args.epochs * steps
@@ -663,17 +665,6 @@ def save_log(folder: Path, checkpoint: dict) -> None:
     lines = "".join(json.dumps(line) + "\n" for line in checkpoint["log"])
     if rank() == 0:
         replace(folder / "log.jsonl", lambda file: file.write_text(lines))
-
-
-def replace(file: Path, write: Callable[[Path], object]) -> None:
-    partial = file.with_name(f"{file.name}.partial")
-    try:
-        write(partial)
-        partial.replace(file)
-    except RuntimeError as error:  # the zip writer's word for a full disk
-        raise OSError(f"{partial.name} cannot be written: {error}") from error
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 BENCHMARK_WARMUP, BENCHMARK_ROUNDS = 3, 30
