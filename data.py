@@ -294,11 +294,18 @@ def open_image(path: str | os.PathLike) -> object:
     Raises:
         OSError: there is none, or it is damaged; the message names the file.
     """
-    try:
+    with _naming(f"the image {path}"):
         return default_loader(path)
-    except OSError as error:
+
+
+@contextlib.contextmanager
+def _naming(what: str) -> Iterator[None]:
+    """Decoders raise almost anything on a damaged file, and seldom its name."""
+    try:
+        yield
+    except Exception as error:
         reason = str(error).partition(" <_io")[0]
-        raise OSError(f"the image {path} cannot be read ({reason})") from error
+        raise OSError(f"{what} cannot be read ({reason})") from error
 
 
 class Shapes(Images):
@@ -687,15 +694,11 @@ class Masked(Dataset):
         """
         if isinstance(self.pairs, tuple):
             return tuple(part[index] for part in self.pairs)
-        try:
+        parts = vars(self.pairs)  # which have no common names
+        image = parts.get("images", parts.get("_images"))[index]
+        mask = parts.get("targets", parts.get("_segs"))[index]
+        with _naming(f"the image {image} or its mask {mask}"):
             return self.pairs[index]
-        except OSError as error:
-            parts = vars(self.pairs)
-            image = parts.get("images", parts.get("_images"))[index]
-            mask = parts.get("targets", parts.get("_segs"))[index]
-            reason = str(error).partition(" <_io")[0]
-            message = f"the image {image} or its mask {mask} cannot be read ({reason})"
-            raise OSError(message) from error
 
 
 AS_TENSOR = v2.Compose([v2.RGB(), v2.ToImage(), v2.ToPureTensor()])
@@ -1116,4 +1119,4 @@ def normalizer(
     """
     mean = 255 * torch.tensor(mean, device=device)[:, None, None]
     std = 255 * torch.tensor(std, device=device)[:, None, None]
-    return lambda images: (images.float() - mean) / std
+    return lambda images: images.float().sub_(mean).div_(std)

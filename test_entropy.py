@@ -2189,8 +2189,12 @@ def test_corruptions_in_arrays(tmp_path, monkeypatch, capsys) -> None:
 def test_unreadable_images_are_counted(workers, tmp_path, monkeypatch, capsys) -> None:
     write_folder(tmp_path, CLASSES)
     write_run(tmp_path / "run.pt")
-    for name in ("bee/1.png", "dog/0.png"):
-        (tmp_path / "val" / name).write_text("no image")
+    (tmp_path / "val" / "bee" / "1.png").write_text("no image")
+    # A header that promises more pixels than any image has: no OSError in Pillow.
+    huge = (
+        b"BM" + bytes(8) + struct.pack("<4I2H6I", 54, 40, 10**6, 10**6, 1, 24, *[0] * 6)
+    )
+    (tmp_path / "val" / "dog" / "0.png").write_bytes(huge)
     options = f"--device cpu --checkpoint {tmp_path}/run.pt --workers {workers}"
     assert run(monkeypatch, f"eval {options} --json {tmp_path}/no.json") == 2
     error = capsys.readouterr().err
