@@ -58,7 +58,6 @@ from data import (
     load_masks,
     make_loader,
     normalizer,
-    open_image,
     test_transform,
     unreadable,
 )
@@ -1062,39 +1061,27 @@ class Evaluation:
         Raises:
             ValueError: images cannot be read; the sentence names and counts them.
         """
-        args, bad = self.args, {}
-        if args.skip_unreadable and (bad := unreadable(dataset)):
-            say(
-                f"images left out: {len(bad)} of {len(dataset)}: {listed(bad.values())}"
-            )
-        count = len(dataset)
-        if bad:
-            dataset = Subset(dataset, [n for n in range(count) if n not in bad])
-        if not len(dataset):
-            raise ValueError(f"none of the {count} images can be read")
+        args, device, count = self.args, self.device, len(dataset)
+        if args.skip_unreadable:
+            dataset = leave_out(unreadable(dataset), dataset, skip=True)
         batch_size = args.batch_size or self.trained.settings["batch_size"]
-        if self.device.type == "cpu" and not args.batch_size:
+        if device.type == "cpu" and not args.batch_size:
             batch_size = cpu_batch_size(model)
-        pin_memory = self.device.type == "cuda"
         loader = make_loader(
             dataset,
             batch_size,
             train=False,
             workers=args.workers,
-            pin_memory=pin_memory,
+            pin_memory=device.type == "cuda",
         )
-        normalize = normalizer(self.trained.mean, self.trained.std, self.device)
-        given = (progress(loader), normalize, self.device, self.amp)
+        normalize = normalizer(self.trained.mean, self.trained.std, device)
+        given = (progress(loader), normalize, device, self.amp, *options)
         try:
-            result = how(model.to(self.device), *given, *options)
-        except OSError as error:
-            if not (bad := unreadable(dataset)):
-                raise
-            raise ValueError(
-                f"{len(bad)} of {count} images cannot be read, which --skip-unreadable "
-                f"would leave out: {listed(bad.values())}"
-            ) from error
-        return result | ({"unreadable": len(bad)} if args.skip_unreadable else {})
+            result = how(model.to(device), *given)
+        except OSError:
+            leave_out(unreadable(dataset), dataset, skip=False)
+            raise
+        return result | {"left_out": count - len(dataset)}
 
     def classifier(self) -> VisionTransformer:
         if not self.trained.num_classes:
@@ -1282,25 +1269,36 @@ def read_images(args: argparse.Namespace) -> tuple[list[torch.Tensor], list[str]
         OSError: there are none.
         ValueError: some cannot be read, and it was not asked to leave these out.
     """
-    images, captions, bad = [], [], []
-    for file in list_images(args.images):
-        if len(images) == args.rows:
-            break
-        try:
-            images.append(AS_TENSOR(open_image(file)))
-            captions.append(file.stem)
-        except OSError as error:
-            bad.append(str(error))
-    if bad and not args.skip_unreadable:
-        raise ValueError(
-            f"{len(bad)} of {len(bad) + len(images)} images cannot be read, which "
-            f"--skip-unreadable would leave out: {listed(bad)}"
-        )
-    if bad:
-        say(f"images left out: {len(bad)}: {listed(bad)}")
-    if not images:
-        raise ValueError(f"none of the {len(bad)} images in {args.images} can be read")
-    return images, captions
+    files = list_images(args.images)[: args.rows]
+    folder = Images(files, range(len(files)), [file.stem for file in files], AS_TENSOR)
+    read = leave_out(unreadable(folder), folder, skip=args.skip_unreadable)
+    images, indices = zip(*(read[n] for n in range(len(read))))
+    return list(images), [folder.classes[index] for index in indices]
+
+
+def leave_out(bad: dict[int, str], dataset: Dataset, skip: bool) -> Dataset:
+    """A data set without the items that cannot be read, if that was asked for.
+
+    Args:
+        bad: from `data.unreadable`.
+        dataset: of which these are.
+        skip: whether it was asked for.
+
+    Raises:
+        ValueError: it was not, or nothing is left; the sentence names and counts them.
+    """
+    if not bad:
+        return dataset
+    errors, most = list(bad.values()), 5
+    more = [f"and {len(errors) - most} more"] if len(errors) > most else []
+    count, which = f"{len(bad)} of {len(dataset)}", "; ".join(errors[:most] + more)
+    if not skip:
+        hint = "--skip-unreadable leaves such images out"
+        raise ValueError(f"{count} images failed: {which} ({hint})")
+    if len(bad) == len(dataset):
+        raise ValueError(f"{count} images failed: {which}")
+    say(f"{count} images left out: {which}")
+    return Subset(dataset, [n for n in range(len(dataset)) if n not in bad])
 
 
 CPU_CACHE = 5e6  # bytes; fastest on two cores with 2 MB each of their own
@@ -1326,12 +1324,6 @@ def try_first(dataset: Dataset) -> None:
     """
     with contextlib.suppress(OSError):  # which is another matter
         dataset[0]
-
-
-def listed(errors: Iterable[str], most: int = 5) -> str:
-    errors = list(errors)
-    more = len(errors) - most
-    return "; ".join(errors[:most]) + (f"; and {more} more" if more > 0 else "")
 
 
 def run_name(path: Path) -> str:

@@ -2198,15 +2198,21 @@ def test_unreadable_images_are_counted(workers, tmp_path, monkeypatch, capsys) -
     options = f"--device cpu --checkpoint {tmp_path}/run.pt --workers {workers}"
     assert run(monkeypatch, f"eval {options} --json {tmp_path}/no.json") == 2
     error = capsys.readouterr().err
-    assert "2 of 10 images cannot be read, which --skip-unreadable" in error
+    assert "2 of 10 images failed: the image " in error
+    assert "--skip-unreadable" in error
     assert "val/bee/1.png" in error
     assert "val/dog/0.png" in error
     assert error.count("\n") == 1
     assert not (tmp_path / "no.json").exists()
     options = f"--workers {workers} --skip-unreadable"
     found = numbers(monkeypatch, tmp_path, options)["accuracy"]
-    assert (found["images"], found["unreadable"]) == (8, 2)
-    assert "images left out: 2 of 10: " in capsys.readouterr().out
+    assert (found["images"], found["left_out"]) == (8, 2)
+    assert "2 of 10 images left out: the image " in capsys.readouterr().out
+    for name in CLASSES:
+        for file in (tmp_path / "val" / name).iterdir():
+            file.write_text("no image")
+    assert run(monkeypatch, f"eval --checkpoint {tmp_path}/run.pt {options}") == 2
+    assert "10 of 10 images failed: the image " in capsys.readouterr().err
 
 
 @needs_project
@@ -2240,7 +2246,7 @@ def test_the_picture_takes_any_image(tmp_path, monkeypatch, capsys) -> None:
     before = picture.read_bytes()
     (folder / "b.png").write_text("no image")
     assert draw("") == 2
-    assert "1 of 5 images cannot be read" in capsys.readouterr().err
+    assert "1 of 4 images failed: the image " in capsys.readouterr().err
     assert picture.read_bytes() == before
     assert draw("--skip-unreadable") == 0
     shutil.rmtree(folder)
