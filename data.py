@@ -210,12 +210,16 @@ VOC2012 = Source(
     "get VOCtrainval_11-May-2012.tar from http://host.robots.ox.ac.uk/pascal/VOC/voc2012",
     {"VOCtrainval_11-May-2012.tar": "VOCdevkit"},
 )
-# Data set with masks of the objects -> how many objects an image can have: VOC's are its
-# classes.
-MASKS = {"voc2012": 20, "pets": 1, "shapes": 1, "fashion-mnist": 1}
 VOID = 255  # the mark of pixels that are neither object nor background
-# What a pixel of a pet's trimap says: nothing has no number, 1 is pet, 2 not, 3 border.
-TRIMAP = (VOID, 1, 0, VOID)
+# Data set with masks of the objects -> what a number in them means: 0 for background,
+# VOID, or the object. VOC's objects are its classes; pets' trimaps have 1 for the pet, 2
+# for the rest and 3 for the border.
+MASKS = {
+    "voc2012": {number: number for number in range(21)} | {255: VOID},
+    "pets": {1: 1, 2: 0, 3: VOID},
+    "shapes": {0: 0, 1: 1},
+    "fashion-mnist": {0: 0, 1: 1},
+}
 
 
 # ----------------------------------------------------------------------------- shapes
@@ -276,6 +280,10 @@ class Images(Dataset):
 
     def __len__(self) -> int:
         return len(self.targets)
+
+    def listed(self) -> "Images":
+        """The same, once its files are listed."""
+        return self
 
     def __getitem__(self, index: int) -> tuple[object, int]:
         image = self.images[index]
@@ -645,46 +653,54 @@ def balanced_subset(dataset: Dataset, size: int, seed: int) -> Subset:
 
 
 class Masked(Dataset):
-    """(image, mask) pairs of one size: uint8 (3, height, width), int64 (height, width).
+    """(image, mask) pairs of one size, uint8: (3, height, width) and (height, width).
 
     The image is resized bilinearly and the mask to the nearest, both without keeping the
-    aspect, as in the authors' code.
+    aspect, as in the authors' code. The mask has 0 for the background, VOID, or the
+    number of the object.
+
+    Args:
+        pairs: by index, (image, mask), PIL: torchvision's data set; or two tensors, of
+            images, uint8 (n, C, h, w), and masks (n, h, w).
+        size: height and width.
+        meanings: what a number in the masks means, as in MASKS.
 
     Attributes:
-        pairs: by index, (image, mask), PIL or tensors: torchvision's, or a pair of
-            sequences.
-        size: height and width.
-        objects: a mask has 0 for the background, VOID, or 1 to this number.
-        relabel: what the numbers in the files stand for; None if for themselves.
+        objects: the largest number of an object.
     """
 
     def __init__(
         self,
-        pairs: Dataset | tuple[Sequence, Sequence],
+        pairs: Dataset | tuple[torch.Tensor, torch.Tensor],
         size: tuple[int, int],
-        objects: int,
-        relabel: Sequence[int] | None = None,
+        meanings: dict[int, int],
     ) -> None:
-        self.pairs, self.size = pairs, size
-        self.objects, self.relabel = objects, relabel
+        self.pairs, self.size, self.meanings = pairs, list(size), meanings
+        self.in_memory = isinstance(pairs, tuple)
+        self.objects = max(meaning for meaning in meanings.values() if meaning != VOID)
 
     def __len__(self) -> int:
-        return len(self.pairs[0] if isinstance(self.pairs, tuple) else self.pairs)
+        return len(self.pairs[0] if self.in_memory else self.pairs)
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
         image, mask = self.pair(index)
-        size, modes = list(self.size), v2.InterpolationMode
-        image = v2.functional.resize(image, size, modes.BILINEAR)
-        if not isinstance(mask, torch.Tensor):
+        image = v2.functional.resize(image, self.size, v2.InterpolationMode.BILINEAR)
+        if not self.in_memory:
             mask = v2.functional.pil_to_tensor(mask)[0]
-        mask = mask.long()
-        if self.relabel is not None:
-            mask = torch.tensor(self.relabel)[mask.clamp(max=len(self.relabel) - 1)]
-        unknown = mask[(mask > self.objects) & (mask != VOID)]
-        if len(unknown):
-            raise ValueError(f"mask {index} has {unknown[0]}, which is no object's")
-        mask = v2.functional.resize(mask[None], size, modes.NEAREST_EXACT)[0]
-        return AS_TENSOR(image), mask
+        known = torch.zeros_like(mask, dtype=torch.uint8)
+        seen = torch.zeros_like(mask, dtype=torch.bool)
+        for number, meaning in self.meanings.items():
+            seen |= mask == number
+            known[mask == number] = meaning
+        if not seen.all():
+            odd = mask[~seen][0].item()
+            raise ValueError(
+                f"{self.names(index)} has {odd}, which means nothing there"
+            )
+        mask = v2.functional.resize(
+            known[None], self.size, v2.InterpolationMode.NEAREST_EXACT
+        )
+        return AS_TENSOR(image), mask[0]
 
     def pair(self, index: int) -> tuple[object, object]:
         """The image and the mask as they are in the data set.
@@ -692,13 +708,19 @@ class Masked(Dataset):
         Raises:
             OSError: a file cannot be read; the message names both.
         """
-        if isinstance(self.pairs, tuple):
-            return tuple(part[index] for part in self.pairs)
+        if self.in_memory:
+            return self.pairs[0][index], self.pairs[1][index]
+        with _naming(self.names(index)):
+            return self.pairs[index]
+
+    def names(self, index: int) -> str:
+        """A pair, in words."""
+        if self.in_memory:
+            return f"the mask {index}"
         parts = vars(self.pairs)  # which have no common names
         image = parts.get("images", parts.get("_images"))[index]
         mask = parts.get("targets", parts.get("_segs"))[index]
-        with _naming(f"the image {image} or its mask {mask}"):
-            return self.pairs[index]
+        return f"the image {image} or its mask {mask}"
 
 
 AS_TENSOR = v2.Compose([v2.RGB(), v2.ToImage(), v2.ToPureTensor()])
@@ -718,22 +740,33 @@ def load_masks(name: str, data_dir: str | os.PathLike, size: tuple[int, int]) ->
 
     Raises: as `load_dataset`.
     """
-    relabel = None
     if name == "shapes":
         shapes = Shapes("test")
         pairs = (shapes.images, shapes.masks)
     elif name == "fashion-mnist":
-        images = load_dataset(name, data_dir, "test", None).images
-        images = torch.from_numpy(images)
+        images = torch.from_numpy(load_dataset(name, data_dir, "test", None).images)
         pairs = (images[:, None], images > 0)
-    elif name == "voc2012":
-        pairs = _read(name, VOC2012, Path(data_dir), "test", pairs=True)
     else:
-        source = DATASETS[name]
-        source = replace(source, test=source.test | {"target_types": "segmentation"})
+        source = VOC2012
+        if name == "pets":
+            source = DATASETS[name]
+            trimaps = source.test | {"target_types": "segmentation"}
+            source = replace(source, test=trimaps)
         pairs = _read(name, source, Path(data_dir), "test", pairs=True)
-        relabel = TRIMAP
-    return Masked(pairs, size, MASKS[name], relabel)
+    return Masked(pairs, size, MASKS[name])
+
+
+class Folder(Images):
+    """Images in a folder of folders named by class, which are yet to be listed."""
+
+    def __init__(self, path: Path, transform: Callable | None) -> None:
+        super().__init__([], [], find_classes(path)[0], transform)
+        self.path = path
+
+    def listed(self) -> Images:
+        found = datasets.ImageFolder(self.path)
+        files = [file for file, _ in found.samples]
+        return Images(files, found.targets, found.classes, self.transform)
 
 
 CORRUPTION_SEVERITIES = 5  # of an array of CIFAR-C
@@ -751,28 +784,25 @@ def load_corruptions(
             classes have no names.
         transform, array_transform: applied to each image of these layouts.
 
+    Returns:
+        Sets to be `listed()` before use: ImageNet-C has 3.75 million files.
+
     Raises:
         FileNotFoundError: there is no such folder.
         ValueError: it has neither layout, or its files are not what they should be.
     """
-    folder = Path(folder)
+    folder, found = Path(folder), {}
     if not folder.is_dir():
         raise FileNotFoundError(f"there is no folder of corruptions at {folder}")
-    found = {}
-    if (folder / "labels.npy").is_file():
-        for path in sorted(folder.glob("*.npy")):
-            if path.stem != "labels":
-                found[path.stem] = _severities(path, array_transform)
+    for path in sorted(folder.glob("*.npy")):
+        if path.stem != "labels":
+            found[path.stem] = _severities(path, array_transform)
     for path in sorted(folder.glob("*/*/")):
         if path.name.isdigit():
             try:
-                images = datasets.ImageFolder(path)
+                images = Folder(path, transform)
             except FileNotFoundError as error:
-                raise ValueError(
-                    f"{path} has no images in folders of classes"
-                ) from error
-            files = [file for file, _ in images.samples]
-            images = Images(files, images.targets, images.classes, transform)
+                raise ValueError(f"{path} has no folders of classes") from error
             found.setdefault(path.parent.name, {})[int(path.name)] = images
     if not found:
         raise ValueError(
@@ -805,23 +835,31 @@ def _severities(path: Path, transform: Callable) -> dict[int, Images]:
     }
 
 
-def list_images(folder: str | os.PathLike) -> list[Path]:
-    """The image files in a folder and the folders in it, sorted.
+def list_images(path: str | os.PathLike) -> list[Path]:
+    """An image file, or those in a folder and the folders in it, sorted.
 
     Raises:
-        FileNotFoundError: there is no such folder, or no image in it.
+        FileNotFoundError: there is no such file or folder, or no image in it.
     """
-    if not Path(folder).is_dir():
-        raise FileNotFoundError(f"there is no folder of images at {folder}")
-    files = sorted(Path(folder).rglob("*"))
-    found = [file for file in files if is_image_file(file.name)]
+    path = Path(path)
+    if path.is_file():
+        return [path]
+    if not path.is_dir():
+        raise FileNotFoundError(f"there is no folder of images at {path}")
+    found = [file for file in sorted(path.rglob("*")) if is_image_file(file.name)]
     if not found:
-        raise FileNotFoundError(f"there are no images in {folder}")
+        raise FileNotFoundError(f"there are no images in {path}")
     return found
 
 
-def unreadable(dataset: Dataset) -> dict[int, str]:
-    """Index and error of each item that cannot be read; reads all of them, in threads."""
+def unreadable(dataset: Images | Masked) -> dict[int, str]:
+    """Index and error of each item whose file cannot be read.
+
+    Reads all of them, in threads, if they are in files.
+    """
+    masked = isinstance(dataset, Masked)
+    if dataset.in_memory if masked else not isinstance(dataset.images, list):
+        return {}
 
     def attempt(index: int) -> str:
         try:

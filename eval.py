@@ -28,9 +28,10 @@ import re
 import shutil
 import statistics
 import sys
+import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
@@ -51,6 +52,7 @@ from data import (
     MASKS,
     VOID,
     Images,
+    Masked,
     balanced_subset,
     list_images,
     load_corruptions,
@@ -185,9 +187,14 @@ def autocast(device: torch.device, amp: bool) -> torch.autocast:
 def replace(file: Path, write: Callable[[Path], object]) -> None:
     """Write a file under another name, then rename it: whole or not at all.
 
+    A link stays one, and what it leads to is written.
+
     Raises:
         OSError: the disk is full, or the like; what stood there before still stands.
     """
+    file = file.resolve()
+    if file.exists() and not file.is_file():
+        raise OSError(f"{file} is there, and is no file that could be replaced")
     partial = file.with_name(f"{file.name}.partial")
     try:
         write(partial)
@@ -328,7 +335,9 @@ ALEXNET_ERRORS = {
 EXTRA_CORRUPTIONS = ("speckle_noise", "gaussian_blur", "spatter", "saturate")
 
 
-def corruption_means(errors: Mapping[str, Mapping[int, float]], mce: bool) -> dict:
+def corruption_means(
+    errors: Mapping[str, Mapping[int, float]], mce: bool, classes: int = 1000
+) -> dict:
     """The plain mean of the errors, and the mean corruption error if asked for.
 
     Args:
@@ -336,12 +345,13 @@ def corruption_means(errors: Mapping[str, Mapping[int, float]], mce: bool) -> di
         mce: whether to divide by AlexNet's errors: a corruption's error CE is the sum
             over its severities over AlexNet's sum, and mCE the mean over the 15
             corruptions of ImageNet-C (arXiv 1903.12261, section 4).
+        classes: how many there are.
 
     Returns:
         mean_error (percent), the mean over severities, then corruptions; mean_over,
         the names of these, without EXTRA_CORRUPTIONS where there are others; with
-        `mce` also ce (percent, by name) and mce, or partial_mce if some of the 15 are
-        missing.
+        `mce` also ce (percent, by name) and mce, or partial_mce if some of the 15 or of
+        the 1000 classes are missing.
 
     Raises:
         ValueError: mce of none of the 15, or of one without severities 1 to 5.
@@ -364,7 +374,8 @@ def corruption_means(errors: Mapping[str, Mapping[int, float]], mce: bool) -> di
                     f"mCE takes severities 1 to 5 of {name}; there are {given}"
                 )
         ce = {name: 100 * means[name] / ALEXNET_ERRORS[name] for name in known}
-        key = "mce" if len(known) == len(ALEXNET_ERRORS) else "partial_mce"
+        whole = len(known) == len(ALEXNET_ERRORS) and classes == 1000
+        key = "mce" if whole else "partial_mce"
         result |= {"ce": ce, key: statistics.mean(ce.values())}
     return result
 
@@ -424,7 +435,7 @@ def jaccard(
 
     Args:
         patches: bool (B, heads, H, W), what each head keeps.
-        masks: int64 (B, height, width), in pixels, multiples of H and W: 0 background,
+        masks: uint8 (B, height, width), in pixels, multiples of H and W: 0 background,
             VOID, else the object, 1 to `objects`.
         objects: the largest number of an object.
         void_counts: whether void pixels count as background; else they leave both
@@ -440,7 +451,7 @@ def jaccard(
     count, _, height, width = patches.shape
     pixels = masks.unflatten(2, (width, -1)).unflatten(1, (height, -1))
     pixels = pixels.transpose(2, 3).flatten(3).flatten(1, 2)  # (B, H * W, of a patch)
-    pixels = pixels.where(pixels != VOID, objects + 1)
+    pixels = pixels.where(pixels != VOID, objects + 1).long()
     areas = pixels.new_zeros(count, height * width, objects + 2, dtype=torch.float32)
     areas.scatter_add_(2, pixels, torch.ones((), device=areas.device).expand_as(pixels))
     inside, void = areas[..., 1:-1], areas[..., -1:]  # (B, H * W, objects), (.., 1)
@@ -470,7 +481,7 @@ def segment(
     foreground of the method, where the similarity is above its mean.
 
     Args:
-        loader: of images, uint8 (B, 3, height, width), and masks, int64 (B, height,
+        loader: of images, uint8 (B, 3, height, width), and masks, uint8 (B, height,
             width), as from `data.load_masks`.
         objects: the largest number in the masks, VOID apart.
         The others: as in `evaluate`.
@@ -487,26 +498,22 @@ def segment(
         masks = masks.to(device, non_blocking=True)
         with autocast(device, amp):
             _, similarity = model(images)
-        sums = []
-        for patches in (
-            mass_mask(similarity, protocol.mass),
-            threshold_at_mean(similarity) > 0,
-        ):
-            index, there = jaccard(patches, masks, objects, protocol.void_counts)
-            found = there.sum(1)  # (B,)
-            # A score that is not finite is no result of 0.
-            index = index + 0 * similarity.sum((-2, -1))[..., None]
-            best = index.amax(1, keepdim=True)  # (B, 1, objects)
-            means = torch.cat((best, index), 1).sum(-1) / found.clamp(min=1)[:, None]
-            sums += [found.count_nonzero(), *means.sum(0)]
+        rules = mass_mask(similarity, protocol.mass), threshold_at_mean(similarity) > 0
+        patches = torch.cat(rules, 1)  # (B, 2 * heads, H, W)
+        index, there = jaccard(patches, masks, objects, protocol.void_counts)
+        index = index.unflatten(1, (2, -1))  # (B, 2, heads, objects)
+        # A score that is not finite is no result of 0.
+        index = index + 0 * similarity.sum((-2, -1))[:, None, :, None]
+        best = index.amax(2, keepdim=True)  # (B, 2, 1, objects)
+        found = there.sum(1)  # (B,)
+        means = torch.cat((best, index), 2).sum(-1) / found.clamp(min=1)[:, None, None]
+        sums = (found.count_nonzero(), *means.sum(0).flatten())
         totals.append(batch_totals(len(images), sums, similarity))
     total = sum_up(totals, device)
-    heads = (len(total) - 5) // 4
+    heads = similarity.shape[1]
     images_seen, with_objects = int(total[0]), int(total[1])
-    by_mass, by_mean = (
-        100 * total[first : first + heads + 1] / (with_objects or math.nan)
-        for first in (2, 4 + heads)
-    )
+    by_rule, attention = total[2:].split((2 * (1 + heads), 2 * heads))
+    by_mass, by_mean = 100 * by_rule.view(2, -1) / (with_objects or math.nan)
     return {
         "images": images_seen,
         "images_with_objects": with_objects,
@@ -514,7 +521,7 @@ def segment(
         "jaccard_mass_per_head": by_mass[1:].tolist(),
         "jaccard_mean": by_mean[0].item(),
         "jaccard_mean_per_head": by_mean[1:].tolist(),
-        **attention_means(total[5 + 2 * heads :] / images_seen),
+        **attention_means(attention / images_seen),
     }
 
 
@@ -525,14 +532,37 @@ def segment(
 class Trained:
     """A model, and what evaluating it takes."""
 
-    model: VisionTransformer
+    model: VisionTransformer  # at the size of its training; `at` gives others
     path: Path
-    about: list[str]  # sentences on what was loaded
+    about: list[str]  # lines on what was loaded
     settings: dict  # of the run; for other people's weights what OTHERS says
     classes: list[str] | None  # None: they have no names, or there is no head
-    num_classes: int  # 0: there is no head
     mean: tuple[float, ...]  # what its images were normalised with
     std: tuple[float, ...]
+
+    @property
+    def num_classes(self) -> int:
+        """0 if there is no head."""
+        return getattr(self.model.head, "out_features", 0)
+
+    def at(self, img_size: int | Sequence[int] | None) -> VisionTransformer:
+        """The model for images of this size; None is its own.
+
+        Raises:
+            ValueError: the patch size does not divide it.
+        """
+        model = copy.deepcopy(self.model)
+        if img_size is not None:
+            model.resize(img_size if isinstance(img_size, int) else tuple(img_size))
+        return model
+
+    def size(self, model: VisionTransformer) -> str:
+        """The input size of a model that `at` gave, in words."""
+        height, width = model.img_size
+        if model.grid == self.model.grid:
+            return f"{height}x{width} pixels"
+        change = "{}x{} -> {}x{}".format(*self.model.grid, *model.grid)
+        return f"{height}x{width} pixels (position embedding resized {change})"
 
 
 # What is taken for other people's weights: the evaluation protocol of DeiT and DINO.
@@ -581,95 +611,97 @@ def model_of_run(
 
 
 def load_trained(path: Path, args: argparse.Namespace) -> Trained:
-    """A run's model, or one of other people's weights, for the input size asked for.
+    """A run's model, or one of other people's weights, on the CPU.
 
     Args:
-        path: the checkpoint.
-        args: model, model_ema, img_size, classes, mean and std are used.
+        path: the checkpoint, or the folder of a run.
+        args: model_ema is used; and for other people's weights model, num_heads,
+            img_size, mean and std.
 
     Raises:
         OSError, ValueError: one sentence on what is wrong.
     """
+    path = path / "checkpoint.pt" if path.is_dir() else path
     checkpoint = read_checkpoint(path)
-    weights = "model_ema" if args.model_ema else "model"
     if "architecture" in checkpoint:
+        weights = "model_ema" if args.model_ema else "model"
         model = model_of_run(checkpoint, path, weights)
         settings, classes = checkpoint["settings"], list(checkpoint["classes"])
         epochs = f"{checkpoint['epoch']} of {settings['epochs']} epochs"
         about = [f"{path}: {settings['model']} after {epochs}"]
-        num_classes = len(classes)
         source = DATASETS[settings["dataset"]]
-        mean, std = source.mean, source.std
-    else:
-        model, loaded, num_classes = model_of_others(checkpoint, path, weights, args)
-        classes = read_classes(args.classes, num_classes) if args.classes else None
-        about = [f"{path}: {args.model}", loaded]
-        settings, mean, std = OTHERS, IMAGENET_MEAN, IMAGENET_STD
-    if args.img_size:
-        change = model.resize(tuple(args.img_size))
-        about += [f"position embedding resized {change}"] if change else []
-    mean, std = tuple(args.mean or mean), tuple(args.std or std)
-    return Trained(model, path, about, settings, classes, num_classes, mean, std)
+        return Trained(model, path, about, settings, classes, source.mean, source.std)
+    if args.model is None:
+        raise ValueError(
+            f"{path} does not name its model: do so with --model ({', '.join(MODELS)})"
+        )
+    if args.model_ema:
+        averaged = [checkpoint.get(key) for key in ("model_ema", "state_dict_ema")]
+        if averaged == [None, None]:
+            raise ValueError(f"{path} has no averaged weights")
+        checkpoint = next(weights for weights in averaged if weights is not None)
+    model, loaded = model_of_others(unwrap(checkpoint), path, args)
+    mean, std = tuple(args.mean or IMAGENET_MEAN), tuple(args.std or IMAGENET_STD)
+    trained = Trained(model, path, [loaded], OTHERS, None, mean, std)
+    heads, side = model.blocks[-1].attn.num_heads, model.patch_size
+    kind = f"{args.model}, {heads} heads, {side}x{side} patches, pool {model.blocks[-1].pool}"
+    trained.about.append(f"taken for {kind}, {trained.num_classes or 'no'} classes")
+    trained.about.append(f"images normalised with mean {mean}, std {std}")
+    return trained
 
 
 def model_of_others(
-    checkpoint: Mapping, path: Path, weights: str, args: argparse.Namespace
-) -> tuple[VisionTransformer, str, int]:
+    given: dict[str, torch.Tensor], path: Path, args: argparse.Namespace
+) -> tuple[VisionTransformer, str]:
     """A ViT of timm, DeiT or DINO: what --model does not say is read from the weights.
 
     Returns:
-        The model at the image size of its position embedding, a sentence on what was
-        loaded, and the number of its classes, 0 if it has no head.
+        The model at the image size of its position embedding, and a sentence on what
+        was loaded.
 
     Raises:
         ValueError: the weights are not those of such a model.
     """
-    if args.model is None:
-        names = ", ".join(MODELS)
-        raise ValueError(
-            f"{path} does not name its model: do so with --model ({names})"
-        )
-    if weights == "model_ema":
-        checkpoint = checkpoint.get(weights)
-        if checkpoint is None:
-            raise ValueError(f"{path} has no averaged weights")
-    given = unwrap(checkpoint)
     projection, pos_embed = given.get("patch_embed.proj.weight"), given.get("pos_embed")
     if projection is None or pos_embed is None or projection.ndim != 4:
         raise ValueError(
             f"{path} holds no Vision Transformer: there is no patch_embed.proj.weight "
             "or no pos_embed in it"
         )
-    if "dist_token" in given:
-        raise ValueError(f"{path} has a distillation token, which this model has not")
-    patch_size, cls_token = projection.shape[-1], "cls_token" in given
+    for name in ("dist_token", "reg_token"):
+        if name in given:
+            raise ValueError(f"{path} has a {name}, and this model has no place for it")
+    if "head.weight" in given and "head.bias" not in given:
+        raise ValueError(f"{path} has a head without a bias, and this model's has one")
+    patch, cls_token = projection.shape[-1], "cls_token" in given
     patches = pos_embed.shape[1] - cls_token
     side = math.isqrt(max(patches, 0))
-    img_size = (side * patch_size, side * patch_size)
-    if side * side != patches and args.img_size:
-        img_size = tuple(args.img_size)  # which `load_weights` checks
-    last = MODELS[args.model]["depth"] - 1
-    num_classes = len(given["head.bias"]) if "head.bias" in given else 0
-    options = {
+    img_size = (side * patch, side * patch)
+    if args.img_size and math.prod(args.img_size) == patches * patch**2:
+        img_size = tuple(args.img_size)
+    elif side * side != patches:
+        raise ValueError(
+            f"{path} has {patches} positions of patches, which are no square; --img-size "
+            "tells their height and width, if the CLS token has a position of its own"
+        )
+    options = MODELS[args.model] | {
         "img_size": img_size,
-        "patch_size": patch_size,
-        "num_classes": num_classes or 1,
+        "patch_size": patch,
+        "num_classes": len(given.get("head.bias", ())),
         "qkv_bias": "blocks.0.attn.qkv.bias" in given,
-        "last_skip": f"blocks.{last}.norm2.weight" in given,
+        "last_skip": f"blocks.{MODELS[args.model]['depth'] - 1}.norm2.weight" in given,
         "pool": "cls" if cls_token else "mean",
     }
-    model = VisionTransformer(**MODELS[args.model] | options)
+    options |= {"num_heads": args.num_heads} if args.num_heads else {}
+    model = VisionTransformer(**options)
     try:
-        loaded = load_weights(model, given)
+        known = {"architecture": options, "model": given}
+        loaded = load_weights(model, known, source=str(path))
     except ValueError as error:
-        reason = str(error).replace("the state dict", str(path), 1)
-        raise ValueError(f"not a {args.model}: {reason}") from error
-    loaded = loaded.replace(" from the state dict", "", 1)
-    if not num_classes:
-        loaded = loaded.partition("; head new")[0] + "; there is no head"
+        raise ValueError(f"not a {args.model}: {error}") from error
     if not options["last_skip"]:
         loaded += "; no skip connection around the last attention, as in SAR"
-    return model, loaded, num_classes
+    return model, loaded
 
 
 def read_classes(path: str, count: int) -> list[str]:
@@ -689,6 +721,8 @@ def read_classes(path: str, count: int) -> list[str]:
         names = [re.sub(r"^(n\d{8})\b.*", r"\1", line) for line in lines if line]
     if len(names) != count:
         raise ValueError(f"{path} names {len(names)} classes, and the head has {count}")
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise ValueError(f"{path} names {twice[0]} twice")
     return names
 
 
@@ -704,16 +738,17 @@ def match_classes(
     """
     path, count = trained.path, trained.num_classes
     if trained.classes is None or not dataset.classes:
-        fits = count == len(dataset.classes)
-        if not dataset.classes:
-            fits = dataset.targets.max() < count
-        if not fits:
-            seen = len(dataset.classes) or int(dataset.targets.max()) + 1
+        labels = dataset.targets
+        there = len(dataset.classes) or int(labels.max()) + 1
+        # Of ten labels or more for each class, one is of the last class.
+        few = not dataset.classes and len(labels) < 10 * count and there <= count
+        if there != count and not few:
+            hint = "" if trained.classes else "; --classes names those of the weights"
             raise ValueError(
-                f"{path} has {count} classes and {name} {seen}, and not both have names"
-                + ("" if trained.classes else "; --classes gives those of the weights")
+                f"{path} has {count} classes and {name} {there}, which cannot be matched "
+                f"without names{hint}"
             )
-        return None, f"{name}: classes without names, taken in the order they have"
+        return None, f"{name}: classes are matched by their order, not by names"
     known = {name: index for index, name in enumerate(trained.classes)}
     unknown = [each for each in dataset.classes if each not in known]
     if unknown:
@@ -754,7 +789,7 @@ PALETTE = [
 
 def caption(text: str, width: int, height: int = LINE) -> torch.Tensor:
     """One line of text on white, cut where it is too long: uint8 (3, height, width)."""
-    text = text.encode("ascii", "replace").decode()
+    text = text.encode("ascii", "replace").decode().replace(" ", "  ")  # which are thin
     letters = (width - 4) // LETTER
     text = text if len(text) <= letters else f"{text[: letters - 2]}.."
     canvas = torch.full((3, height // 2, width // 2), 255, dtype=torch.uint8)
@@ -795,26 +830,30 @@ def apart(tile: torch.Tensor) -> torch.Tensor:
 
 @torch.inference_mode()
 def look_at(
-    images: list[torch.Tensor], trained: Trained, device: torch.device
+    images: list[torch.Tensor],
+    trained: Trained,
+    img_size: Sequence[int] | None,
+    device: torch.device,
 ) -> list[torch.Tensor]:
     """The similarity maps of images of any size and aspect, each (heads, H, W).
 
-    Each image is resized so that its shorter side is that of the model's images and
-    the longer one keeps the aspect, to whole patches.
+    Each image is resized so that its shorter side is that of a square `img_size`, and
+    the longer one keeps the aspect, to whole patches and LONGEST at most; or to an
+    `img_size` that is no square. None is the model's own.
     """
-    patch, shorter = trained.model.patch_size, min(trained.model.img_size)
+    patch, (height, width) = (
+        trained.model.patch_size,
+        img_size or trained.model.img_size,
+    )
     normalize = normalizer(trained.mean, trained.std, device)
     models, maps = {}, []
     for image in images:
-        sides = image.shape[-2:]
-        scale = shorter / min(sides)
-        longest = LONGEST * shorter
-        size = tuple(
-            round(min(scale * side, longest) / patch) * patch for side in sides
-        )
+        shorter = height / min(image.shape[-2:])
+        sides = [min(shorter * side, LONGEST * height) for side in image.shape[-2:]]
+        size = tuple(round(side / patch) * patch for side in sides)
+        size = size if height == width else (height, width)
         if size not in models:
-            models = {size: copy.deepcopy(trained.model).eval().to(device)}
-            models[size].resize(size)
+            models = {size: trained.at(size).eval().to(device)}
         image = v2.functional.resize(image, size, v2.InterpolationMode.BICUBIC)
         _, similarity = models[size](normalize(image[None].to(device)))
         maps.append(similarity[0].cpu())
@@ -938,43 +977,57 @@ def make_parser() -> Parser:
     parser = Parser(__doc__)
     add = parser.add_argument
     whole, count, share = number(1, kind=int), number(0, kind=int), number(0, 1)
-    size = {"type": whole, "nargs": "+", "metavar": "PIXELS"}
-    add("--checkpoint", metavar="FILE", help="a run's, or weights; the newest run's")
+    yes_or_no = argparse.BooleanOptionalAction
+    checkpoint = "of a run, or weights of others (default: that of the newest run)"
+    add("--checkpoint", metavar="FILE", help=checkpoint)
     add("--model-ema", action="store_true", help="evaluate its averaged weights")
-    add("--model", choices=MODELS, help="of weights that do not name their model")
-    add("--img-size", **size, help="side, or height and width; the model's")
-    channels = {"type": share, "nargs": 3, "metavar": "X"}
-    add("--mean", **channels, help="of the channels, 0 to 1; the run's, or ImageNet's")
-    add("--std", **channels, help="of the channels, 0 to 1; the run's, or ImageNet's")
-    classes = (
-        "names of the classes of such weights: a file of lines, a folder of folders"
-    )
-    add("--classes", metavar="PATH", help=classes)
-    add("--dataset", choices=DATASETS, metavar="NAME", help="to classify; the run's")
-    add("--data-dir", metavar="DIR", help="where data sets lie; the run's, or data")
-    crop = "resized, center (resizes nothing) or whole; the run's"
-    add("--crop", choices=("resized", "center", "whole"), metavar="KIND", help=crop)
-    corruptions = "measure the errors on ImageNet-C's folders or CIFAR-C's arrays"
-    add("--corruptions", metavar="DIR", help=corruptions)
-    add("--mce", action="store_true", help="and relate them to AlexNet's")
-    segmentation = f"measure how attention covers objects: {', '.join(MASKS)}"
-    add("--segmentation", choices=MASKS, metavar="NAME", help=segmentation)
-    protocol = f"its dialect: {', '.join(PROTOCOLS)}"
-    add("--protocol", choices=PROTOCOLS, default="dino", metavar="NAME", help=protocol)
-    add("--attention", metavar="FILE.png", help="draw the attention there")
-    add("--images", metavar="FOLDER", help="on your images, of any size and aspect")
-    add("--compare", metavar="FILE", help="beside that of another checkpoint")
-    add("--rows", type=whole, default=4, metavar="N", help="images in that picture")
+    add("--device", metavar="NAME", help="cuda, mps or cpu (default: the first found)")
+    add("--amp", action=yes_or_no, help="bfloat16 (default: as in the run)")
+    batch_size = "(default: the run's, or 64; on a CPU what its cache holds)"
+    add("--batch-size", type=whole, metavar="N", help=f"images at a time {batch_size}")
+    add("--workers", type=count, default=0, metavar="N", help="loading processes")
+    size = {"type": whole, "nargs": "+", "metavar": "PIXELS"}
+    add("--img-size", **size, help="side, or height and width (default: the model's)")
     add("--json", metavar="FILE", help="write all that is measured there")
     skip = "leave out images that cannot be read, and say which"
     add("--skip-unreadable", action="store_true", help=skip)
-    batch_size = "the run's, or 64; on a CPU what its cache holds"
-    add("--batch-size", type=whole, metavar="N", help=batch_size)
-    add("--workers", type=count, default=0, metavar="N", help="loading processes")
-    device = "cuda, mps or cpu; the first found, if left out"
-    add("--device", metavar="NAME", help=device)
-    yes_or_no = argparse.BooleanOptionalAction
-    add("--amp", action=yes_or_no, help="bfloat16; as in the run, on such a device")
+
+    group = parser.add_argument_group("accuracy")
+    add = group.add_argument
+    name = "NAME"
+    add("--dataset", choices=DATASETS, metavar=name, help="(default: the run's)")
+    add(
+        "--data-dir", metavar="DIR", help="where data lie (default: the run's, or data)"
+    )
+    crop = "resized, whole, or center, which resizes nothing (default: the run's)"
+    crops = ("resized", "center", "whole")
+    add("--crop", choices=crops, metavar="KIND", help=crop)
+    corruptions = (
+        "errors on ImageNet-C's folders, by default with --crop center, or on "
+    )
+    add("--corruptions", metavar="DIR", help=f"{corruptions}CIFAR-C's arrays")
+    add("--mce", action="store_true", help="and relate them to AlexNet's")
+
+    add = parser.add_argument_group("attention").add_argument
+    segmentation = f"how it covers objects; of {', '.join(MASKS)}"
+    add("--segmentation", choices=MASKS, metavar=name, help=segmentation)
+    protocol = f"the dialect: {', '.join(PROTOCOLS)}"
+    add("--protocol", choices=PROTOCOLS, default="dino", metavar=name, help=protocol)
+    add("--attention", metavar="FILE.png", help="draw it")
+    images = "on these images, of any size and aspect (default: those measured)"
+    add("--images", metavar="FOLDER", help=images)
+    add("--compare", metavar="FILE", help="beside that of another checkpoint")
+    add("--rows", type=whole, default=4, metavar="N", help="images in that picture")
+
+    add = parser.add_argument_group("weights of others").add_argument
+    add("--model", choices=MODELS, metavar=name, help=f"one of {', '.join(MODELS)}")
+    add("--num-heads", type=whole, metavar="N", help="(default: the model's)")
+    channels = {"type": share, "nargs": 3, "metavar": "X"}
+    add("--mean", **channels, help="of the channels, 0 to 1 (default: ImageNet's)")
+    add("--std", **channels, help="of the channels, 0 to 1 (default: ImageNet's)")
+    classes = "names of their classes: a file of lines, or a folder of folders"
+    add("--classes", metavar="PATH", help=classes)
+    add = parser.add_argument_group("speed").add_argument
     add("--benchmark", action="store_true", help="time evaluation, and timm's ViT")
     return parser
 
@@ -1012,48 +1065,99 @@ def check_arguments(args: argparse.Namespace) -> None:
         args.img_size *= 2
     if args.std and not all(args.std):
         raise ValueError("--std must be above 0")
-    for option, kind in (("attention", ".png"), ("json", "")):
-        file = Path(getattr(args, option) or f"none{kind}")
-        wrong = kind and file.suffix != kind
-        if wrong or file.is_dir() or not os.access(file.parent, os.W_OK):
-            a = f"a {kind}" if kind else "a file"
-            raise ValueError(
-                f"--{option} takes {a} in a folder that can be written to, not {file}"
-            )
+    outputs = {"attention": args.attention, "json": args.json}
+    outputs = {option: Path(file) for option, file in outputs.items() if file}
+    for option, file in outputs.items():
+        if not file.parent.is_dir():
+            raise ValueError(f"--{option} {file}: there is no folder {file.parent}")
+        if file.exists() and not file.is_file():
+            raise ValueError(f"--{option} {file}: this is no file that can be replaced")
+        tempfile.TemporaryFile(
+            dir=file.parent
+        ).close()  # fails now if it is not writable
+    if args.attention and outputs["attention"].suffix.lower() != ".png":
+        raise ValueError(f"--attention takes the name of a .png, not {args.attention}")
+    if args.json and (args.json == args.attention or not is_json(args.json)):
+        raise ValueError(f"--json would replace {args.json}, which is no JSON")
+    if args.images and args.attention:
+        picture, images = Path(args.attention).resolve(), Path(args.images).resolve()
+        if images in (picture, *picture.parents):
+            raise ValueError(f"--attention {picture} would be among the --images")
+
+
+def is_json(file: str) -> bool:
+    """Whether a file holds JSON, or is not there."""
+    if not os.path.exists(file):
+        return True
+    try:
+        json.loads(Path(file).read_text())
+    except ValueError:
+        return False
+    return True
 
 
 class Evaluation:
-    """The model, and what the parts of an evaluation share.
+    """The model, what the parts of an evaluation share, and their report.
 
     Each part is a method that reads its data and returns the work that is left to do:
-    so bad input is found before any work. The work prints what it measures, and returns
-    it by name.
+    so bad input is found before any work. The work prints what it measures and adds it
+    to the report.
     """
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.args, self.device = args, choose_device(args.device)
         path = Path(args.checkpoint) if args.checkpoint else newest_checkpoint()
-        self.trained = load_trained(path, args)
-        self.contestants = [self.trained]  # in the picture
-        self.model, settings = self.trained.model, self.trained.settings
-        name = settings.get("model")
-        if name and args.model not in (None, name):
+        self.trained = trained = load_trained(path, args)
+        name = trained.settings.get("model")  # of a run
+        if name and args.model not in (None, name) and not args.compare:
             raise ValueError(f"{path} is a {name}, not a {args.model}")
-        if name and args.classes:
-            raise ValueError(f"{path} names its classes itself, without --classes")
-        self.dataset = args.dataset or settings["dataset"]
-        self.data_dir = args.data_dir or settings["data_dir"]
-        self.crop = args.crop or settings["crop"].replace("padded", "whole")
+        others = args.classes or args.mean or args.std or args.num_heads
+        if name and others and not args.compare:
+            raise ValueError(
+                f"{path} is a run's, whose classes, mean, std and heads are known: "
+                "--classes, --mean, --std and --num-heads are for weights of others"
+            )
+        if args.classes and not name:
+            trained.classes = read_classes(args.classes, trained.num_classes)
+        self.contestants = [trained]  # in the picture
+        self.model = trained.at(args.img_size)
+        self.dataset = args.dataset or trained.settings["dataset"]
+        self.data_dir = args.data_dir or trained.settings["data_dir"]
+        self.crop = args.crop or trained.settings["crop"].replace("padded", "whole")
         # In the run's precision, if it was on such a device.
-        same = self.device.type == torch.device(settings["device"]).type
-        self.amp = settings["amp"] and same if args.amp is None else args.amp
+        same = self.device.type == torch.device(trained.settings["device"]).type
+        self.amp = trained.settings["amp"] and same if args.amp is None else args.amp
         self.where = f"on {self.device} in {'bfloat16' if self.amp else 'float32'}"
+        self.report = {
+            "checkpoint": str(trained.path),
+            "weights": "model_ema" if args.model_ema else "model",
+            "model": name or args.model,
+            "mean": trained.mean,
+            "std": trained.std,
+            "device": hardware(self.device),
+            "precision": "bfloat16" if self.amp else "float32",
+            "versions": {
+                "python": platform.python_version(),
+                "torch": torch.__version__,
+                "torchvision": torchvision.__version__,
+                "numpy": np.__version__,
+            },
+        }
+
+    def save(self, complete: bool) -> None:
+        """Write the report, as far as it goes; if nothing was measured, nothing."""
+        parts = self.report.keys() & {"accuracy", "corruptions", "segmentation"}
+        if self.args.json and (parts or complete):
+            report = finite(self.report | {"complete": complete})
+            text = json.dumps(report, indent=2, allow_nan=False) + "\n"
+            replace(Path(self.args.json), lambda partial: partial.write_text(text))
+            say(f"wrote {self.args.json}{'' if complete else ', which is incomplete'}")
 
     def measure(
         self,
         how: Callable,
         model: VisionTransformer,
-        dataset: Dataset,
+        dataset: Images | Masked,
         *options: object,
     ) -> dict:
         """Call `evaluate` or `segment` on all images of a data set.
@@ -1061,14 +1165,15 @@ class Evaluation:
         Raises:
             ValueError: images cannot be read; the sentence names and counts them.
         """
-        args, device, count = self.args, self.device, len(dataset)
+        args, device = self.args, self.device
+        readable = dataset
         if args.skip_unreadable:
-            dataset = leave_out(unreadable(dataset), dataset, skip=True)
+            readable = leave_out(unreadable(dataset), dataset, skip=True)
         batch_size = args.batch_size or self.trained.settings["batch_size"]
         if device.type == "cpu" and not args.batch_size:
             batch_size = cpu_batch_size(model)
         loader = make_loader(
-            dataset,
+            readable,
             batch_size,
             train=False,
             workers=args.workers,
@@ -1079,9 +1184,10 @@ class Evaluation:
         try:
             result = how(model.to(device), *given)
         except OSError:
+            say("an image cannot be read; looking for others", stays=False)
             leave_out(unreadable(dataset), dataset, skip=False)
             raise
-        return result | {"left_out": count - len(dataset)}
+        return result | {"left_out": len(dataset) - len(readable)}
 
     def classifier(self) -> VisionTransformer:
         if not self.trained.num_classes:
@@ -1097,149 +1203,183 @@ class Evaluation:
             raise ValueError(f"{path} knows no data set: name one with --dataset")
         return load_dataset(self.dataset, self.data_dir, "test", transform)
 
-    def accuracy(self) -> Callable[[], dict]:
+    def about_data(self, dataset: str, split: str, model: VisionTransformer) -> dict:
+        """What the report says of the data of a part."""
+        where = {"dataset": dataset, "data_dir": str(self.data_dir), "split": split}
+        return where | {"img_size": model.img_size}
+
+    def accuracy(self) -> Callable[[], None]:
         """Classify the test images of a data set."""
         name, model = self.dataset, self.classifier()
         dataset = self.test_set(test_transform(model.img_size, crop=self.crop))
         try_first(dataset)
-        classes, restricted = match_classes(self.trained, dataset, name)
+        classes, matched = match_classes(self.trained, dataset, name)
 
-        def work() -> dict:
-            say(f"{name}, test split, {size(model)} ({self.crop}), {self.where}")
-            if restricted:
-                say(restricted)
+        def work() -> None:
+            size = self.trained.size(model)
+            say(f"{name}, test split, {size}, crop {self.crop}, {self.where}")
+            if matched:
+                say(matched)
             result = self.measure(evaluate, model, dataset, classes)
             line = "{images} images   top-1 {acc1:.2f} %   top-5 {acc5:.2f} %   "
             say((line + "loss {loss:.4f}").format(**result))
             say_attention(result)
-            about = {"dataset": name, "split": "test", "img_size": model.img_size}
-            about |= {"crop": self.crop, "classes": len(dataset.classes)}
-            return {"accuracy": about | result}
+            about = self.about_data(name, "test", model) | {"crop": self.crop}
+            about |= {"classes": len(dataset.classes), "matched": matched}
+            self.report["accuracy"] = about | result
 
         return work
 
-    def corruptions(self) -> Callable[[], dict]:
+    def corruptions(self) -> Callable[[], None]:
         """Classify corrupted images: the error of each corruption and severity."""
-        folder, model = self.args.corruptions, self.classifier()
+        folder, model, mce = self.args.corruptions, self.classifier(), self.args.mce
+        crop = self.args.crop or "center"
         sets = load_corruptions(
             folder,
-            test_transform(model.img_size, crop=self.args.crop or "center"),
+            test_transform(model.img_size, crop=crop),
             test_transform(model.img_size, crop=self.crop),
         )
+        order = [*ALEXNET_ERRORS, *sorted(sets.keys() - ALEXNET_ERRORS.keys())]
+        sets = {name: sets[name] for name in order if name in sets}
+        classes = {
+            len(images.classes) for each in sets.values() for images in each.values()
+        }
+        if mce and 0 in classes:
+            raise ValueError(f"--mce takes the folders of ImageNet-C, not {folder}")
         matched = {
             (name, severity): match_classes(self.trained, images, folder)
             for name, severities in sets.items()
             for severity, images in severities.items()
         }
-        for severities in sets.values():
-            for images in severities.values():
-                try_first(images)
-        # Before any work: whether they can give the mCE.
-        corruption_means(
-            {name: dict.fromkeys(severities, 0.0) for name, severities in sets.items()},
-            self.args.mce,
-        )
+        # Before any work: whether the input can be cropped, and the mCE be given.
+        try_first(next(iter(next(iter(sets.values())).values())).listed())
+        nothing = {
+            name: dict.fromkeys(severities, 0.0) for name, severities in sets.items()
+        }
+        corruption_means(nothing, mce)
 
-        def work() -> dict:
-            say(f"{folder}, {size(model)}, {self.where}")
-            for sentence in dict.fromkeys(sentence for _, sentence in matched.values()):
-                if sentence:
-                    say(sentence)
-            errors, counts = {}, {}
+        def work() -> None:
+            say(f"{folder}, {self.trained.size(model)}, {self.where}")
+            for sentence in {sentence for _, sentence in matched.values()} - {""}:
+                say(sentence)
             levels = sorted({level for each in sets.values() for level in each})
-            columns = [*map(str, levels), "mean", *(["CE"] if self.args.mce else [])]
-            say_row("error (%) at severity", columns)
-            order = [*ALEXNET_ERRORS, *sorted(sets.keys() - ALEXNET_ERRORS.keys())]
-            for name in (each for each in order if each in sets):
+            say_row(
+                "error (%) at severity", [*levels, "mean", *(["CE"] if mce else [])]
+            )
+            errors, counts = {}, {}
+            self.report["corruptions"] = about = {
+                "folder": folder,
+                "img_size": model.img_size,
+                "crop": self.crop if 0 in classes else crop,
+                "classes": min(classes),
+                "images": counts,
+                "errors": errors,
+            }
+            for name, severities in sets.items():
                 errors[name], counts[name] = {}, {}
-                for severity, images in sets[name].items():
-                    classes, _ = matched[name, severity]
-                    result = self.measure(evaluate, model, images, classes)
+                for severity, images in severities.items():
+                    which = matched[name, severity][0]
+                    result = self.measure(evaluate, model, images.listed(), which)
                     errors[name][severity] = 100 - result["acc1"]
                     counts[name][severity] = result["images"]
-                row = [errors[name].get(level, math.nan) for level in levels]
+                row = [errors[name].get(level) for level in levels]
                 row.append(statistics.mean(errors[name].values()))
-                if self.args.mce and name in ALEXNET_ERRORS:
+                if mce and name in ALEXNET_ERRORS:
                     row.append(100 * row[-1] / ALEXNET_ERRORS[name])
-                say_row(name, [f"{value:.2f}" for value in row])
-            means = corruption_means(errors, self.args.mce)
-            over = len(means["mean_over"])
-            without = [name for name in errors if name not in means["mean_over"]]
-            without = f", without {', '.join(without)}" if without else ""
-            say(f"mean error {means['mean_error']:.2f} % over {over}{without}")
-            if self.args.mce:
-                given = len(means["ce"])
-                value = means.get("mce", means.get("partial_mce"))
+                say_row(name, ["-" if each is None else f"{each:.2f}" for each in row])
+            means = corruption_means(errors, mce, min(classes))
+            over = ", ".join(means["mean_over"])
+            over = (
+                over if len(means["mean_over"]) < len(errors) else f"all {len(errors)}"
+            )
+            say(f"mean error {means['mean_error']:.2f} %, over {over}")
+            for name, each in errors.items():
+                if lacking := sorted(set(levels) - each.keys()):
+                    say(f"{name} lacks severity {', '.join(map(str, lacking))}")
+            if mce:
                 partly = (
-                    "" if given == len(ALEXNET_ERRORS) else f", of only {given} of 15"
+                    ""
+                    if "mce" in means
+                    else (
+                        f", no mCE to compare: {len(means['ce'])} of 15 corruptions, "
+                        f"{min(classes)} of 1000 classes"
+                    )
                 )
+                value = means.get("mce", means.get("partial_mce"))
                 say(
-                    f"mCE {value:.2f} %{partly}: errors over AlexNet's on ImageNet-C's 1000 "
-                    "classes (arXiv 1903.12261)"
+                    f"mCE {value:.2f} %, over AlexNet's errors (arXiv 1903.12261){partly}"
                 )
-            about = {"folder": folder, "img_size": model.img_size, "images": counts}
-            return {"corruptions": about | {"errors": errors} | means}
+            about |= means
 
         return work
 
-    def segmentation(self) -> Callable[[], dict]:
+    def segmentation(self) -> Callable[[], None]:
         """Compare the attention with the masks of objects."""
         args, name = self.args, self.args.segmentation
-        protocol, model = PROTOCOLS[args.protocol], copy.deepcopy(self.model)
+        protocol, model = PROTOCOLS[args.protocol], self.model
         if name in PHOTOGRAPHS and not args.img_size:
-            model.resize(protocol.size)
+            model = self.trained.at(protocol.size)
         masks = load_masks(name, self.data_dir, model.img_size)
+        try_first(masks)
         split = "val" if name == "voc2012" else "test"
 
-        def work() -> dict:
+        def work() -> None:
             other = model.img_size != (protocol.size, protocol.size)
-            other = f" (its own is {protocol.size}x{protocol.size})" if other else ""
+            other = f", not its {protocol.size}x{protocol.size}" if other else ""
             void = "counted as background" if protocol.void_counts else "left out"
+            share = f"{100 * protocol.mass:.0f} % of the mass"
             say(f"{name}, {split} split, {self.where}")
             say(
-                f"protocol {args.protocol}: input {size(model)}{other}, "
-                f"{100 * protocol.mass:.0f} % of the mass, void pixels {void}"
+                f"protocol {args.protocol}: input {self.trained.size(model)}{other}, "
+                f"{share}, void pixels {void}"
             )
-            options = (protocol, masks.objects)
-            result = self.measure(segment, model, masks, *options)
+            result = self.measure(segment, model, masks, protocol, masks.objects)
             say("{images} images, {images_with_objects} with objects".format(**result))
-            heads = len(result["entropy_per_head"])
-            columns = ["best", *(f"head {n + 1}" for n in range(heads))]
+            heads = range(len(result["entropy_per_head"]))
+            columns = ["best", *(f"head {head + 1}" for head in heads)]
             say_row("Jaccard index (%)", columns)
-            rules = {"mass": f"{100 * protocol.mass:.0f} % of the mass"}
-            rules |= {"mean": "similarity > its mean"}
-            for key, label in rules.items():
-                index = f"jaccard_{key}"
-                row = [result[index], *result[f"{index}_per_head"]]
+            for key, label in {"mass": share, "mean": "similarity > its mean"}.items():
+                row = [result[f"jaccard_{key}"], *result[f"jaccard_{key}_per_head"]]
                 say_row(label, [f"{value:.2f}" for value in row])
             say_attention(result)
-            about = {"dataset": name, "split": split, "protocol": args.protocol}
-            about |= asdict(protocol) | {"img_size": model.img_size}
-            return {"segmentation": about | result}
+            about = self.about_data(name, split, model) | {"protocol": args.protocol}
+            about |= {"mass": protocol.mass, "void_counts": protocol.void_counts}
+            self.report["segmentation"] = about | result
 
         return work
 
-    def picture(self) -> Callable[[], dict]:
+    def picture(self) -> Callable[[], None]:
         """Draw the attention on images of a folder, or of the data set measured."""
-        args = self.args
-        if args.images:
-            images, captions = read_images(args)
-        else:
-            images, captions = self.sample_images()
+        args, mass = self.args, PROTOCOLS[self.args.protocol].mass
+        images, captions = read_images(args) if args.images else self.sample_images()
         if args.compare:
             self.contestants.append(load_trained(Path(args.compare), args))
-        mass = PROTOCOLS[args.protocol].mass
 
-        def work() -> dict:
+        def work() -> None:
             looks = [
-                (run_name(trained.path), look_at(images, trained, self.device))
+                look_at(images, trained, args.img_size, self.device)
                 for trained in self.contestants
             ]
-            drawn = draw_attention(images, captions, looks, mass) / 255
+            titles = [run_name(trained.path) for trained in self.contestants]
+            drawn = (
+                draw_attention(images, captions, list(zip(titles, looks)), mass) / 255
+            )
             file = Path(args.attention)
             replace(file, lambda partial: save_image(drawn, partial, format="png"))
             say(f"wrote {file}")
-            return {"attention": {"file": str(file), "images": captions}}
+            self.report["attention"] = {
+                "file": str(file),
+                "checkpoints": [str(trained.path) for trained in self.contestants],
+                "images": captions,
+                "mass": mass,
+                "entropy": [
+                    [
+                        spatial_entropy(similarity, "none").tolist()
+                        for similarity in maps
+                    ]
+                    for maps in looks
+                ],
+            }
 
         return work
 
@@ -1248,17 +1388,19 @@ class Evaluation:
         rows, name = self.args.rows, self.args.segmentation
         if name and not self.args.dataset:
             masks = load_masks(name, self.data_dir, self.model.img_size)
-            order = torch.randperm(
-                len(masks), generator=torch.Generator().manual_seed(0)
-            )
-            chosen = sorted(order[:rows].tolist())
+            generator = torch.Generator().manual_seed(0)
+            chosen = torch.randperm(len(masks), generator=generator)[:rows]
+            chosen = chosen.sort().values.tolist()
             images = [masks.pair(index)[0] for index in chosen]
             captions = [f"image {index}" for index in chosen]
         else:
             dataset = self.test_set(None)
             subset = balanced_subset(dataset, min(rows, len(dataset)), seed=0)
             images, labels = zip(*(subset[index] for index in range(len(subset))))
-            captions = [dataset.classes[label] for label in labels]
+            captions = [
+                f"{dataset.classes[label]} {index}"
+                for label, index in zip(labels, subset.indices)
+            ]
         return [AS_TENSOR(image) for image in images], captions
 
 
@@ -1317,12 +1459,12 @@ def cpu_batch_size(model: VisionTransformer) -> int:
 
 
 def try_first(dataset: Dataset) -> None:
-    """Find out before any work whether the input can be cropped from an image.
+    """Find out before any work whether images are large enough, and masks known.
 
     Raises:
-        ValueError: it cannot.
+        ValueError: the first is not.
     """
-    with contextlib.suppress(OSError):  # which is another matter
+    with contextlib.suppress(OSError):  # an image that cannot be read is another matter
         dataset[0]
 
 
@@ -1331,11 +1473,7 @@ def run_name(path: Path) -> str:
     return path.resolve().parent.name if path.name == "checkpoint.pt" else path.stem
 
 
-def size(model: VisionTransformer) -> str:
-    return "{}x{} pixels".format(*model.img_size)
-
-
-def say_row(label: str, cells: Iterable[str]) -> None:
+def say_row(label: str, cells: Iterable[object]) -> None:
     say(f"{label:<24}" + "".join(f"{cell:>9}" for cell in cells))
 
 
@@ -1358,33 +1496,26 @@ def run(args: argparse.Namespace) -> None:
     check_arguments(args)
     evaluation = Evaluation(args)
     else_asked = args.segmentation or args.corruptions or args.images
+    classify = args.dataset or not else_asked
+    if args.attention and not evaluation.trained.num_classes:
+        classify = False  # the data set is to draw from
     wanted = {
-        "accuracy": args.dataset or not else_asked,
+        "accuracy": classify,
         "corruptions": args.corruptions,
         "segmentation": args.segmentation,
         "picture": args.attention,
     }
     works = [getattr(evaluation, part)() for part in wanted if wanted[part]]
     for trained in evaluation.contestants:
-        say("; ".join(trained.about))
-    report = {
-        "checkpoint": str(evaluation.trained.path),
-        "weights": "model_ema" if args.model_ema else "model",
-        "device": hardware(evaluation.device),
-        "precision": "bfloat16" if evaluation.amp else "float32",
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "torchvision": torchvision.__version__,
-            "numpy": np.__version__,
-        },
-    }
-    for work in works:
-        report |= work()
-    if args.json:
-        text = json.dumps(finite(report), indent=2, allow_nan=False) + "\n"
-        replace(Path(args.json), lambda partial: partial.write_text(text))
-        say(f"wrote {args.json}")
+        for line in trained.about:
+            say(line)
+    complete = False
+    try:
+        for work in works:
+            work()
+        complete = True
+    finally:
+        evaluation.save(complete)
 
 
 def finite(value: object) -> object:

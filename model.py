@@ -197,7 +197,7 @@ class VisionTransformer(nn.Module):
         img_size: height and width of the images in pixels, or one number for both.
         patch_size: side of a patch in pixels; must divide height and width.
         in_chans: channels of the images.
-        num_classes: size of the logits.
+        num_classes: size of the logits; 0 for no head: the pooled token itself.
         embed_dim, depth, num_heads: D, number of blocks, h; `MODELS` has presets.
         mlp_ratio: hidden dimension of the MLPs over embed_dim.
         qkv_bias: whether the query, key and value projection has a bias.
@@ -235,7 +235,7 @@ class VisionTransformer(nn.Module):
         super().__init__()
         height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
         positive = {"img_size": min(height, width), "patch_size": patch_size}
-        positive |= {"in_chans": in_chans, "num_classes": num_classes}
+        positive |= {"in_chans": in_chans, "num_classes": num_classes or 1}
         positive |= {"embed_dim": embed_dim, "depth": depth, "num_heads": num_heads}
         for name, number in positive.items():
             if number < 1:
@@ -264,7 +264,9 @@ class VisionTransformer(nn.Module):
         self.blocks = nn.ModuleList([Block(*shape, rate) for rate in rates[:-1]])
         self.blocks.append(LastBlock(*shape, rates[-1], last_skip, pool))
         self.norm = nn.LayerNorm(embed_dim, eps=1e-6)
-        self.head = nn.Linear(embed_dim, num_classes)
+        self.head = nn.Identity()
+        if num_classes:
+            self.head = nn.Linear(embed_dim, num_classes)
         self._init_weights(init_std)
 
     def _init_weights(self, init_std: float) -> None:
@@ -388,7 +390,11 @@ def unwrap(checkpoint: Mapping) -> dict[str, torch.Tensor]:
     }
 
 
-def load_weights(model: VisionTransformer, weights: str | os.PathLike | Mapping) -> str:
+def load_weights(
+    model: VisionTransformer,
+    weights: str | os.PathLike | Mapping,
+    source: str = "the state dict",
+) -> str:
     """Start a model from a checkpoint of this project, timm, DeiT or DINO.
 
     Resizes the position embedding to the model's grid (bicubic), and leaves the head at
@@ -397,6 +403,7 @@ def load_weights(model: VisionTransformer, weights: str | os.PathLike | Mapping)
     Args:
         model: changed in place, and only if everything fits.
         weights: a file, or a state dict.
+        source: what sentences and errors call a state dict.
 
     Returns:
         One sentence: what was loaded, resized, left at its initial values, left out.
@@ -405,7 +412,7 @@ def load_weights(model: VisionTransformer, weights: str | os.PathLike | Mapping)
         FileNotFoundError: there is no such file.
         ValueError: the file is damaged, or its weights do not fit the model.
     """
-    source, grid = "the state dict", None
+    grid = None
     if not isinstance(weights, Mapping):
         source, weights = str(weights), read_checkpoint(weights)
     if "architecture" in weights:  # a checkpoint of train.py knows its grid

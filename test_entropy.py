@@ -1802,41 +1802,39 @@ def test_the_papers_protocol(tmp_path, monkeypatch) -> None:
 
 @needs_project
 @pytest.mark.parametrize(
-    "name, write, count, expected",
+    "name, write, count, size",
     [
-        ("voc2012", write_voc2012, 2, {0: 32 * 48 - 540, 2: 160, 15: 120, 255: 260}),
-        ("pets", write_pets, 4, {0: 32 * 48 - 128, 1: 88, 255: 40}),
-        ("fashion-mnist", write_fashion_mnist, 10, None),
-        ("shapes", lambda folder: None, 2000, None),
+        ("voc2012", write_voc2012, 2, (40, 60)),
+        ("pets", write_pets, 4, (40, 60)),
+        ("fashion-mnist", write_fashion_mnist, 10, (28, 28)),
+        ("shapes", lambda folder: None, 2000, (56, 56)),
     ],
 )
-def test_masks_of_data_sets(
-    name, write, count, expected, tmp_path, monkeypatch
-) -> None:
+def test_masks_of_data_sets(name, write, count, size, tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(urllib.request, "urlopen", no_network)
     write(tmp_path)
-    size = {"fashion-mnist": (28, 28), "shapes": (56, 56)}.get(name, (40, 60))
     masked = data.load_masks(name, tmp_path, size)
     assert len(masked) == count
     image, mask = masked[0]
-    assert (image.dtype, image.shape) == (torch.uint8, (3, *size))
-    assert (mask.dtype, mask.shape) == (torch.int64, size)
+    assert image.dtype == mask.dtype == torch.uint8
+    assert (image.shape, mask.shape) == ((3, *size), size)
     numbers, counts = mask.unique(return_counts=True)
     found = dict(zip(numbers.tolist(), counts.tolist()))
-    if name == "voc2012":  # 16 x 16 less 12 x 12 of void, 12 x 12, 10 x 20
+    if name == "voc2012":  # void is 16 x 16 less 12 x 12; objects 12 x 12 and 10 x 20
         assert found == {0: 2400 - 456, 2: 200, 15: 144, 255: 112}
         assert masked[1][1].count_nonzero() == 0
-    elif name == "pets":
+    elif name == "pets":  # the pet is 8 x 16, its border 10 x 20 less that
         assert found == {0: 2400 - 200, 1: 128, 255: 72}
     elif name == "shapes":
         assert mask.bool().equal(data.Shapes("test").masks[0])
     else:
         assert mask.bool().equal(image[0] > 0)
-        assert 0 in found
-    halves = data.load_masks(name, tmp_path, (size[0] // 2, size[1] // 2))[0]
-    assert halves[0].shape[1:] == halves[1].shape == (size[0] // 2, size[1] // 2)
-    # The nearest pixel, as PIL takes it.
-    assert halves[1].equal(mask[1::2, 1::2])
+    half = (size[0] // 2, size[1] // 2)
+    small_image, small_mask = data.load_masks(name, tmp_path, half)[0]
+    assert small_mask.equal(mask[1::2, 1::2])  # the nearest pixel, as PIL takes it
+    if name in ("voc2012", "pets"):
+        bilinear = v2.functional.resize(masked.pair(0)[0], half)
+        assert small_image.equal(data.AS_TENSOR(bilinear))
 
 
 @needs_project
@@ -1848,7 +1846,7 @@ def test_masks_that_are_not_there(tmp_path, monkeypatch) -> None:
     write_voc2012(tmp_path)
     mask = tmp_path / "VOCdevkit" / "VOC2012" / "SegmentationClass" / "2007_000033.png"
     write_mask(mask, torch.full((40, 60), 21))
-    with pytest.raises(ValueError, match="21"):
+    with pytest.raises(ValueError, match=r"2007_000033\.png has 21"):
         data.load_masks("voc2012", tmp_path, (8, 8))[0]
     mask.write_text("no image")
     masked = data.load_masks("voc2012", tmp_path, (8, 8))
@@ -1989,38 +1987,69 @@ def test_classes_are_matched_by_name(tmp_path, monkeypatch, capsys) -> None:
 
 
 @needs_project
-def test_weights_of_others(tmp_path, monkeypatch, capsys) -> None:
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"img_size": 24},
+        {"img_size": 24, "qkv_bias": False},
+        {"img_size": 24, "last_skip": False},
+        {"img_size": 24, "pool": "mean"},
+        {"img_size": 24, "num_heads": 4},
+        {"img_size": (24, 40)},
+        {"img_size": (8, 32)},  # as many patches as a square has
+        {"img_size": 24, "patch_size": 4},
+    ],
+)
+def test_weights_of_others(options, tmp_path, monkeypatch, capsys) -> None:
     """Those of timm, DeiT and DINO: what --model does not say is read from them."""
-    monkeypatch.setitem(
-        vit.MODELS, "vit_tiny", {"embed_dim": 32, "depth": 3, "num_heads": 2}
-    )
+    presets = {"embed_dim": 32, "depth": 3, "num_heads": 2}
+    monkeypatch.setitem(vit.MODELS, "vit_tiny", presets)
     write_folder(tmp_path, CLASSES)
-    weights = small_model(img_size=24).state_dict()
-    write_run(tmp_path / "run.pt", small_model(img_size=24))
-    expected = numbers(monkeypatch, tmp_path, "")["accuracy"]
-    common = f"--model vit_tiny --dataset folder --data-dir {tmp_path}"
-    wrapped = {f"module.{name}": tensor for name, tensor in weights.items()}
+    model = small_model(**options)
+    crop = data.test_transform(model.img_size, crop="resized")
+    dataset = data.load_dataset("folder", tmp_path, "test", crop)
+    images = torch.stack([image for image, _ in dataset])
+
+    def loss(mean: Sequence[float], std: Sequence[float]) -> float:
+        normalize = data.normalizer(mean, std, torch.device("cpu"))
+        with torch.inference_mode():
+            return F.cross_entropy(model(normalize(images))[0], dataset.targets).item()
+
+    command = f"--model vit_tiny --dataset folder --data-dir {tmp_path}"
+    if options["img_size"] != 24:
+        command += " --img-size {} {}".format(*options["img_size"])
+    if "num_heads" in options:
+        command += f" --num-heads {options['num_heads']}"
+    wrapped = {f"module.{name}": tensor for name, tensor in model.state_dict().items()}
+    plain = small_model(img_size=16).state_dict()
+    torch.save({"state_dict": plain, "state_dict_ema": wrapped}, tmp_path / "run.pt")
+    found = numbers(monkeypatch, tmp_path, f"{command} --model-ema")["accuracy"]
+    expected = loss(data.IMAGENET_MEAN, data.IMAGENET_STD)
+    assert found["loss"] == pytest.approx(expected, abs=1e-5)
+    output = capsys.readouterr().out
+    assert "matched by their order" in output
+    assert f"taken for vit_tiny, {options.get('num_heads', 2)} heads" in output
+    assert "images normalised with mean (0.485, " in output
     torch.save({"model": wrapped}, tmp_path / "run.pt")
-    found = numbers(monkeypatch, tmp_path, common)["accuracy"]
-    assert found["acc1"] == expected["acc1"]
-    assert found["loss"] == pytest.approx(expected["loss"])
-    assert "taken in the order they have" in capsys.readouterr().out
-    half = " --mean 0.5 0.5 0.5 --std 0.5 0.5 0.5 --img-size 32"
-    found = numbers(monkeypatch, tmp_path, common + half)["accuracy"]
-    assert found["loss"] != pytest.approx(expected["loss"])
+    half = " --mean 0.5 0.5 0.5 --std 0.25 0.25 0.25"
+    found = numbers(monkeypatch, tmp_path, command + half)
+    expected = loss((0.5,) * 3, (0.25,) * 3)
+    assert found["accuracy"]["loss"] == pytest.approx(expected, abs=1e-5)
+    assert found["mean"] == [0.5, 0.5, 0.5]
 
-    # With names for the classes, a subset of them is known.
-    names = tmp_path / "names.txt"
-    names.write_text(
-        "".join(f"n0000000{n} {name}, etc.\n" for n, name in enumerate("abcde"))
-    )
-    ids = tmp_path / "ids"
-    write_images(ids, ("n00000003/0.png", "n00000001/0.png"))
-    command = f"--model vit_tiny --dataset folder --data-dir {ids} --classes {names}"
-    assert numbers(monkeypatch, tmp_path, command)["accuracy"]["images"] == 2
-    assert "restricted to its 2 of 5 classes" in capsys.readouterr().out
 
-    def refused(options: str) -> str:
+@needs_project
+def test_weights_of_others_that_are_refused(tmp_path, monkeypatch, capsys) -> None:
+    presets = {"embed_dim": 32, "depth": 3, "num_heads": 2}
+    monkeypatch.setitem(vit.MODELS, "vit_tiny", presets)
+    write_folder(tmp_path, CLASSES)
+    write_voc2012(tmp_path)
+    weights = small_model(img_size=24).state_dict()
+    common = f"--model vit_tiny --dataset folder --data-dir {tmp_path}"
+
+    def refused(options: str, **checkpoint: object) -> str:
+        if checkpoint:
+            torch.save(checkpoint, tmp_path / "run.pt")
         capsys.readouterr()
         command = f"eval --checkpoint {tmp_path}/run.pt --device cpu {options}"
         assert run(monkeypatch, command) == 2
@@ -2028,24 +2057,55 @@ def test_weights_of_others(tmp_path, monkeypatch, capsys) -> None:
         assert error.count("\n") == 1
         return error
 
-    assert "do so with --model" in refused("")
+    assert "do so with --model" in refused("", model=weights)
     assert "knows no data set" in refused("--model vit_tiny")
     assert "not a vit_small: " in refused(common.replace("vit_tiny", "vit_small"))
-    assert "--classes gives" in refused(f"{common.replace(str(tmp_path), str(ids))}")
+    assert "has no averaged weights" in refused(f"{common} --model-ema")
+    names = tmp_path / "names.txt"
     names.write_text("one\n")
+    command = f"{common} --classes {names}"
     assert "names 1 classes, and the head has 5" in refused(command)
+    names.write_text("ant\nbee\ncat\ndog\nbee\n")
+    assert "names bee twice" in refused(command)
+    assert "has a dist_token" in refused(common, dist_token=torch.ones(1), **weights)
+    assert "has a reg_token" in refused(common, reg_token=torch.ones(1), **weights)
+    patches = weights | {"pos_embed": weights["pos_embed"][:, :-1]}
+    assert "has 8 positions of patches, which are no square" in refused(
+        common, **patches
+    )
+    assert "holds no Vision Transformer" in refused(common, fc=torch.ones(2, 2))
     headless = {f"backbone.{n}": t for n, t in weights.items() if "head" not in n}
-    torch.save({"teacher": headless}, tmp_path / "run.pt")
-    assert "has no head" in refused(common)
-    write_voc2012(tmp_path)
+    bias = {"head.bias", "head.weight"} - {"head.bias"}
+    biasless = headless | {name: weights[name] for name in bias}
+    assert "has a head without a bias" in refused(common, **biasless)
+    # DINO's: no head, so no accuracy; but attention, and images to draw it on.
+    assert "has no head to classify with" in refused(common, teacher=headless)
     options = "--model vit_tiny --segmentation voc2012 --protocol sar --img-size 32 48"
-    options += f" --data-dir {tmp_path}"
-    found = numbers(monkeypatch, tmp_path, options)
+    found = numbers(monkeypatch, tmp_path, f"{options} --data-dir {tmp_path}")
     assert found["segmentation"]["images_with_objects"] == 1
-    torch.save({"dist_token": weights["cls_token"]} | weights, tmp_path / "run.pt")
-    assert "distillation token" in refused(common)
-    torch.save({"fc.weight": torch.ones(2, 2)}, tmp_path / "run.pt")
-    assert "holds no Vision Transformer" in refused(common)
+    found = numbers(monkeypatch, tmp_path, f"{common} --attention {tmp_path}/a.png")
+    assert "accuracy" not in found
+    assert len(found["attention"]["images"]) == 4
+
+
+@needs_project
+def test_named_classes_of_weights_of_others(tmp_path, monkeypatch, capsys) -> None:
+    presets = {"embed_dim": 32, "depth": 3, "num_heads": 2}
+    monkeypatch.setitem(vit.MODELS, "vit_tiny", presets)
+    torch.save(small_model(img_size=24).state_dict(), tmp_path / "run.pt")
+    names = tmp_path / "names.txt"
+    lines = (f"n0000000{number} {name}, etc.\n" for number, name in enumerate("abcde"))
+    names.write_text("".join(lines))
+    ids = tmp_path / "ids"
+    write_images(ids, ("n00000003/0.png", "n00000001/0.png"))
+    command = f"--model vit_tiny --dataset folder --data-dir {ids}"
+    found = numbers(monkeypatch, tmp_path, f"{command} --classes {names}")["accuracy"]
+    assert found["images"] == 2
+    assert "restricted to its 2 of 5 classes" in capsys.readouterr().out
+    assert found["matched"] == "logits restricted to its 2 of 5 classes"
+    command = f"eval --checkpoint {tmp_path}/run.pt --device cpu {command}"
+    assert run(monkeypatch, command) == 2
+    assert "--classes names those of the weights" in capsys.readouterr().err
 
 
 @needs_project
@@ -2078,8 +2138,8 @@ def test_segmentation_of_voc(protocol, tmp_path, monkeypatch, capsys) -> None:
     output = capsys.readouterr().out
     void = "counted as background" if rule.void_counts else "left out"
     mass = f"{round(100 * rule.mass)} % of the mass"
-    expected = f"protocol {protocol}: input 64x64 pixels, {mass}, void pixels {void}"
-    assert expected in output
+    size = "64x64 pixels (position embedding resized 3x5 -> 8x8)"
+    assert f"protocol {protocol}: input {size}, {mass}, void pixels {void}" in output
     assert f"{best:.2f}" in output
 
 
@@ -2090,9 +2150,11 @@ def test_segmentation_of_other_sets(name, tmp_path, monkeypatch) -> None:
     write_pets(tmp_path)
     write_fashion_mnist(tmp_path)
     write_run(tmp_path / "run.pt", dataset="shapes")
-    size = "--img-size 32 48 " if name == "pets" else ""
-    command = f"{size}--segmentation {name} --attention {tmp_path}/a.png --rows 2"
+    small = {"dino": evaluation.Protocol(64, 0.6, void_counts=False)}
+    monkeypatch.setattr(evaluation, "PROTOCOLS", small)
+    command = f"--segmentation {name} --attention {tmp_path}/a.png --rows 2"
     found = numbers(monkeypatch, tmp_path, command)["segmentation"]
+    assert found["img_size"] == ([64, 64] if name == "pets" else [24, 40])
     assert found["images"] == {"pets": 4, "shapes": 8, "fashion-mnist": 10}[name]
     assert 0 < found["jaccard_mean"] < 100
     assert (tmp_path / "a.png").is_file()
@@ -2108,6 +2170,8 @@ def test_corruption_means() -> None:
     found = evaluation.corruption_means(errors, mce=True)
     assert found["mean_error"] == pytest.approx((14 * 50 + 40) / 15)
     assert "saturate" not in found["mean_over"]
+    extra = {"saturate": {1: 10.0}, "spatter": {1: 30.0}}  # but by themselves they are
+    assert evaluation.corruption_means(extra, mce=False)["mean_error"] == 20
     assert found["ce"]["fog"] == pytest.approx(100 * 40 / 81.9324)
     # AlexNet itself has mCE 100.
     alexnet = {
@@ -2115,6 +2179,7 @@ def test_corruption_means() -> None:
         for name, error in evaluation.ALEXNET_ERRORS.items()
     }
     assert evaluation.corruption_means(alexnet, True)["mce"] == pytest.approx(100)
+    assert "mce" not in evaluation.corruption_means(alexnet, True, classes=200)
     del alexnet["snow"]
     assert "mce" not in evaluation.corruption_means(alexnet, True)
     with pytest.raises(ValueError, match="severities 1 to 5 of fog; there are 2, 3"):
@@ -2126,29 +2191,62 @@ def test_corruption_means() -> None:
 @needs_project
 def test_corruptions_in_folders(tmp_path, monkeypatch, capsys) -> None:
     """ImageNet-C's layout: images are cropped alone, and classes matched by name."""
-    folder = tmp_path / "corrupted"
-    for name in ("fog", "snow", "saturate"):
-        for severity in (1, 2, 3, 4, 5):
-            names = (f"{name}/{severity}/{each}/0.png" for each in ("dog", "cat"))
-            write_images(folder, names)
-    write_run(tmp_path / "run.pt")
+    torch.manual_seed(0)
+    folder, names = tmp_path / "corrupted", ("fog", "snow", "saturate")
+    for name in names:
+        for path in (folder / name / str(severity) for severity in range(1, 6)):
+            for each in ("dog", "cat", "elk"):
+                (path / each).mkdir(parents=True)
+                image = F.interpolate(torch.rand(1, 3, 4, 6), (40, 60))[0]
+                v2.functional.to_pil_image(image).save(path / each / "0.png")
+    model = small_model()
+    for module in model.modules():  # without these the pixels decide
+        if isinstance(module, torch.nn.LayerNorm):
+            module.reset_parameters()
+    model.head.bias.data.zero_()
+    write_run(tmp_path / "run.pt", model)
     command = f"--corruptions {folder} --mce"
     found = numbers(monkeypatch, tmp_path, command)["corruptions"]
-    assert set(found["errors"]) == {"fog", "snow", "saturate"}
     output = capsys.readouterr().out
-    assert "of only 2 of 15" in output
-    assert "restricted to its 2 of 5 classes" in output
+    assert "2 of 15 corruptions, 3 of 1000 classes" in output
+    assert "restricted to its 3 of 5 classes" in output
     normalize = data.normalizer(
         data.IMAGENET_MEAN, data.IMAGENET_STD, torch.device("cpu")
     )
-    model, correct = small_model(), 0
-    for label, name in enumerate(("cat", "dog")):
-        image = data.open_image(folder / "fog" / "3" / name / "0.png")
-        image = data.AS_TENSOR(image)[:, 8:32, 10:50]
-        logits = model(normalize(image[None]))[0][0, [2, 3]]
-        correct += int(logits.argmax() == label)
-    assert found["errors"]["fog"]["3"] == 100 - 50 * correct
-    assert found["images"]["fog"]["3"] == 2
+    errors = {}
+    for crop in ("center", "resized"):
+        transform = data.test_transform((24, 40), crop=crop)
+        for name in names:
+            for severity in range(1, 6):
+                path = folder / name / str(severity)
+                files = [path / each / "0.png" for each in ("cat", "dog", "elk")]
+                images = [transform(data.open_image(file)) for file in files]
+                with torch.inference_mode():
+                    logits, _ = model(normalize(torch.stack(images)))
+                wrong = logits[:, [2, 3, 4]].argmax(1) != torch.arange(3)
+                errors[crop, name, severity] = 100 * wrong.float().mean().item()
+    cropped = {name: {} for name in names}
+    for (crop, name, severity), error in errors.items():
+        if crop == "center":
+            cropped[name][str(severity)] = pytest.approx(error, abs=1e-4)
+    assert found["errors"] == cropped
+    assert [*errors.values()][:15] != [*errors.values()][15:]  # else it proves nothing
+    assert found["images"]["fog"]["3"] == 3
+    assert "partial_mce" in found
+
+    # An image that cannot be read is found late here: what was measured is kept.
+    (folder / "snow" / "2" / "dog" / "0.png").write_text("no image")
+    command = f"eval --device cpu --checkpoint {tmp_path}/run.pt --corruptions {folder}"
+    assert run(monkeypatch, f"{command} --json {tmp_path}/part.json") == 2
+    assert "1 of 3 images failed" in capsys.readouterr().err
+    part = json.loads((tmp_path / "part.json").read_text())
+    assert not part["complete"]
+    assert part["corruptions"]["errors"]["snow"].keys() == {"1"}
+    shutil.rmtree(folder / "fog" / "5")
+    assert run(monkeypatch, f"{command} --skip-unreadable") == 0
+    output = capsys.readouterr().out
+    assert "fog lacks severity 5" in output
+    assert "1 of 3 images left out: " in output
 
 
 @needs_project
@@ -2178,8 +2276,16 @@ def test_corruptions_in_arrays(tmp_path, monkeypatch, capsys) -> None:
     with pytest.raises(ValueError, match="neither"):
         data.load_corruptions(tmp_path, None, None)
     numpy.save(folder / "fog.npy", pixels.numpy())
+    command = f"eval --checkpoint {tmp_path}/run.pt --device cpu --corruptions {folder}"
+    numpy.save(folder / "labels.npy", labels.numpy())
+    assert run(monkeypatch, f"{command} --mce") == 2
+    assert "--mce takes the folders of ImageNet-C" in capsys.readouterr().err
     numpy.save(folder / "labels.npy", labels.numpy() + 5)
-    command = f"eval --checkpoint {tmp_path}/run.pt --corruptions {folder}"
+    assert run(monkeypatch, command) == 2
+    assert "has 5 classes" in capsys.readouterr().err
+    # With fifty labels for each severity, there would be one of the last class.
+    numpy.save(folder / "fog.npy", pixels.repeat(20, 1, 1, 1)[:250].numpy())
+    numpy.save(folder / "labels.npy", (torch.arange(250) % 4).numpy())
     assert run(monkeypatch, command) == 2
     assert "has 5 classes" in capsys.readouterr().err
 
@@ -2259,6 +2365,30 @@ def test_the_picture_takes_any_image(tmp_path, monkeypatch, capsys) -> None:
 
 
 @needs_project
+def test_the_picture_is_of_the_models_maps(tmp_path) -> None:
+    """At the size of the model, or one of the image's aspect; normalised as in training."""
+    mean, std, device = (0.5, 0.4, 0.3), (0.2, 0.3, 0.4), torch.device("cpu")
+    model = small_model(img_size=24)
+    trained = evaluation.Trained(model, tmp_path, [], {}, None, mean, std)
+    normalize = data.normalizer(mean, std, device)
+    images = [
+        torch.randint(256, (3, *size), dtype=torch.uint8)
+        for size in ((24, 24), (50, 81), (10, 200), (24, 24))
+    ]
+    sizes = [(24, 24), (24, 40), (24, 96), (24, 24)]
+    for image, size, found in zip(
+        images, sizes, evaluation.look_at(images, trained, None, device)
+    ):
+        resized = v2.functional.resize(image, size, v2.InterpolationMode.BICUBIC)
+        with torch.inference_mode():
+            _, expected = trained.at(size)(normalize(resized[None]))
+        torch.testing.assert_close(found, expected[0])
+    for found in evaluation.look_at(images, trained, (16, 32), device):
+        assert found.shape == (2, 2, 4)
+    assert model.img_size == (24, 24)
+
+
+@needs_project
 def test_the_picture_shows_what_it_says() -> None:
     """Two components of different mass: their colours, and the text below them."""
     similarity = torch.zeros(1, 6, 6)
@@ -2293,6 +2423,27 @@ def test_progress_is_shown_on_long_runs(monkeypatch, capsys) -> None:
         capsys.readouterr().out
         == "4 of 8 images, 1:40 left\n8 of 8 images, 0:00 left\n"
     )
+
+
+@needs_project
+def test_results_replace_nothing_else(tmp_path, monkeypatch, capsys) -> None:
+    write_folder(tmp_path, CLASSES)
+    write_run(tmp_path / "run.pt")
+    command = f"eval --device cpu --checkpoint {tmp_path}/run.pt"
+    before = (tmp_path / "run.pt").read_bytes()
+    assert run(monkeypatch, f"{command} --json {tmp_path}/run.pt") == 2
+    assert (tmp_path / "run.pt").read_bytes() == before
+    assert run(monkeypatch, f"{command} --json /dev/null") == 2
+    both = f"--json {tmp_path}/a.png --attention {tmp_path}/a.png"
+    assert run(monkeypatch, f"{command} {both}") == 2
+    images = f"--images {tmp_path} --attention {tmp_path}/val/cat/0.png"
+    assert run(monkeypatch, f"{command} {images}") == 2
+    assert capsys.readouterr().err.count("\n") == 4
+    (tmp_path / "target.json").write_text("{}")
+    (tmp_path / "link.json").symlink_to(tmp_path / "target.json")
+    assert run(monkeypatch, f"{command} --json {tmp_path}/link.json") == 0
+    assert (tmp_path / "link.json").is_symlink()
+    assert json.loads((tmp_path / "target.json").read_text())["complete"]
 
 
 @needs_project
@@ -2438,7 +2589,7 @@ def test_segment_equals_its_slow_twin(protocol) -> None:
     device, images = torch.device("cpu"), numbered_images(7, 12)
     results = []
     for size in (7, 2):
-        batches = list(zip(images.split(size), masks.split(size)))
+        batches = list(zip(images.split(size), masks.to(torch.uint8).split(size)))
         given = (batches, torch.Tensor.float, device, False, rule, 3)
         results.append(evaluation.segment(Maps(maps), *given))
     torch.testing.assert_close(*results)
