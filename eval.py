@@ -64,7 +64,13 @@ from data import (
     unreadable,
 )
 from entropy import connected_components, spatial_entropy, threshold_at_mean
-from model import MODELS, VisionTransformer, load_weights, read_checkpoint, unwrap
+from model import (
+    MODELS,
+    VisionTransformer,
+    model_of_weights,
+    read_checkpoint,
+    unwrap,
+)
 
 
 class Formatter(
@@ -336,12 +342,12 @@ EXTRA_CORRUPTIONS = ("speckle_noise", "gaussian_blur", "spatter", "saturate")
 
 
 def corruption_means(
-    errors: Mapping[str, Mapping[int, float]], mce: bool, classes: int = 1000
+    errors: Mapping[tuple[str, int], float], mce: bool, classes: int
 ) -> dict:
     """The plain mean of the errors, and the mean corruption error if asked for.
 
     Args:
-        errors: percent, by corruption and severity.
+        errors: percent, by (corruption, severity).
         mce: whether to divide by AlexNet's errors: a corruption's error CE is the sum
             over its severities over AlexNet's sum, and mCE the mean over the 15
             corruptions of ImageNet-C (arXiv 1903.12261, section 4).
@@ -351,33 +357,43 @@ def corruption_means(
         mean_error (percent), the mean over severities, then corruptions; mean_over,
         the names of these, without EXTRA_CORRUPTIONS where there are others; with
         `mce` also ce (percent, by name) and mce, or partial_mce if some of the 15 or of
-        the 1000 classes are missing.
+        ImageNet's 1000 classes are missing.
 
     Raises:
         ValueError: mce of none of the 15, or of one without severities 1 to 5.
     """
-    means = {name: statistics.mean(errors[name].values()) for name in errors}
+    by_name = nested(errors)
+    means = {name: statistics.mean(each.values()) for name, each in by_name.items()}
     names = [name for name in means if name not in EXTRA_CORRUPTIONS] or list(means)
-    result = {"mean_error": statistics.mean(means[name] for name in names)}
-    result["mean_over"] = names
-    if mce:
-        known = [name for name in ALEXNET_ERRORS if name in errors]
-        if not known:
+    mean_error = statistics.mean(means[name] for name in names)
+    result = {"mean_error": mean_error, "mean_over": names}
+    if not mce:
+        return result
+    ce = {}
+    for name, alexnets in ALEXNET_ERRORS.items():
+        severities = sorted(by_name.get(name, {}))
+        if severities not in ([], [1, 2, 3, 4, 5]):
+            given = ", ".join(map(str, severities))
             raise ValueError(
-                f"AlexNet's errors are known for {', '.join(ALEXNET_ERRORS)}; there are "
-                f"{', '.join(errors)}"
+                f"mCE takes severities 1 to 5 of {name}; there are {given}"
             )
-        for name in known:
-            if sorted(errors[name]) != [1, 2, 3, 4, 5]:
-                given = ", ".join(map(str, sorted(errors[name])))
-                raise ValueError(
-                    f"mCE takes severities 1 to 5 of {name}; there are {given}"
-                )
-        ce = {name: 100 * means[name] / ALEXNET_ERRORS[name] for name in known}
-        whole = len(known) == len(ALEXNET_ERRORS) and classes == 1000
-        key = "mce" if whole else "partial_mce"
-        result |= {"ce": ce, key: statistics.mean(ce.values())}
-    return result
+        if severities:
+            ce[name] = 100 * means[name] / alexnets
+    if not ce:
+        known, given = ", ".join(ALEXNET_ERRORS), ", ".join(by_name)
+        raise ValueError(f"AlexNet's errors are of {known}; there are {given}")
+    whole = len(ce) == len(ALEXNET_ERRORS) and classes == 1000
+    mean_ce = statistics.mean(ce.values())
+    return result | {"ce": ce, "mce" if whole else "partial_mce": mean_ce}
+
+
+def nested(by_pair: Mapping[tuple[str, int], float]) -> dict[str, dict[int, float]]:
+    """{(corruption, severity): value} -> {corruption: {severity: value}}."""
+    names = dict.fromkeys(name for name, _ in by_pair)
+    return {
+        name: {level: value for (each, level), value in by_pair.items() if each == name}
+        for name in names
+    }
 
 
 # ------------------------------------------------------- attention as segmentation
@@ -640,7 +656,13 @@ def load_trained(path: Path, args: argparse.Namespace) -> Trained:
         if averaged == [None, None]:
             raise ValueError(f"{path} has no averaged weights")
         checkpoint = next(weights for weights in averaged if weights is not None)
-    model, loaded = model_of_others(unwrap(checkpoint), path, args)
+    options = dict(MODELS[args.model])
+    options |= {"num_heads": args.num_heads} if args.num_heads else {}
+    given = unwrap(checkpoint)
+    try:
+        model, loaded = model_of_weights(given, options, args.img_size, str(path))
+    except ValueError as error:
+        raise ValueError(f"no {args.model}: {error}") from error
     mean, std = tuple(args.mean or IMAGENET_MEAN), tuple(args.std or IMAGENET_STD)
     trained = Trained(model, path, [loaded], OTHERS, None, mean, std)
     heads, side = model.blocks[-1].attn.num_heads, model.patch_size
@@ -648,60 +670,6 @@ def load_trained(path: Path, args: argparse.Namespace) -> Trained:
     trained.about.append(f"taken for {kind}, {trained.num_classes or 'no'} classes")
     trained.about.append(f"images normalised with mean {mean}, std {std}")
     return trained
-
-
-def model_of_others(
-    given: dict[str, torch.Tensor], path: Path, args: argparse.Namespace
-) -> tuple[VisionTransformer, str]:
-    """A ViT of timm, DeiT or DINO: what --model does not say is read from the weights.
-
-    Returns:
-        The model at the image size of its position embedding, and a sentence on what
-        was loaded.
-
-    Raises:
-        ValueError: the weights are not those of such a model.
-    """
-    projection, pos_embed = given.get("patch_embed.proj.weight"), given.get("pos_embed")
-    if projection is None or pos_embed is None or projection.ndim != 4:
-        raise ValueError(
-            f"{path} holds no Vision Transformer: there is no patch_embed.proj.weight "
-            "or no pos_embed in it"
-        )
-    for name in ("dist_token", "reg_token"):
-        if name in given:
-            raise ValueError(f"{path} has a {name}, and this model has no place for it")
-    if "head.weight" in given and "head.bias" not in given:
-        raise ValueError(f"{path} has a head without a bias, and this model's has one")
-    patch, cls_token = projection.shape[-1], "cls_token" in given
-    patches = pos_embed.shape[1] - cls_token
-    side = math.isqrt(max(patches, 0))
-    img_size = (side * patch, side * patch)
-    if args.img_size and math.prod(args.img_size) == patches * patch**2:
-        img_size = tuple(args.img_size)
-    elif side * side != patches:
-        raise ValueError(
-            f"{path} has {patches} positions of patches, which are no square; --img-size "
-            "tells their height and width, if the CLS token has a position of its own"
-        )
-    options = MODELS[args.model] | {
-        "img_size": img_size,
-        "patch_size": patch,
-        "num_classes": len(given.get("head.bias", ())),
-        "qkv_bias": "blocks.0.attn.qkv.bias" in given,
-        "last_skip": f"blocks.{MODELS[args.model]['depth'] - 1}.norm2.weight" in given,
-        "pool": "cls" if cls_token else "mean",
-    }
-    options |= {"num_heads": args.num_heads} if args.num_heads else {}
-    model = VisionTransformer(**options)
-    try:
-        known = {"architecture": options, "model": given}
-        loaded = load_weights(model, known, source=str(path))
-    except ValueError as error:
-        raise ValueError(f"not a {args.model}: {error}") from error
-    if not options["last_skip"]:
-        loaded += "; no skip connection around the last attention, as in SAR"
-    return model, loaded
 
 
 def read_classes(path: str, count: int) -> list[str]:
@@ -1240,76 +1208,58 @@ class Evaluation:
             test_transform(model.img_size, crop=self.crop),
         )
         order = [*ALEXNET_ERRORS, *sorted(sets.keys() - ALEXNET_ERRORS.keys())]
-        sets = {name: sets[name] for name in order if name in sets}
-        classes = {
-            len(images.classes) for each in sets.values() for images in each.values()
+        sets = {
+            (name, severity): images
+            for name in order
+            for severity, images in sets.get(name, {}).items()
         }
-        if mce and 0 in classes:
-            raise ValueError(f"--mce takes the folders of ImageNet-C, not {folder}")
         matched = {
-            (name, severity): match_classes(self.trained, images, folder)
-            for name, severities in sets.items()
-            for severity, images in severities.items()
+            key: match_classes(self.trained, images, folder)
+            for key, images in sets.items()
         }
+        classes = min(len(images.classes) for images in sets.values())
+        if mce and not classes:
+            raise ValueError(f"--mce takes the folders of ImageNet-C, not {folder}")
         # Before any work: whether the input can be cropped, and the mCE be given.
-        try_first(next(iter(next(iter(sets.values())).values())).listed())
-        nothing = {
-            name: dict.fromkeys(severities, 0.0) for name, severities in sets.items()
-        }
-        corruption_means(nothing, mce)
+        try_first(next(iter(sets.values())).listed())
+        corruption_means(dict.fromkeys(sets, 0.0), mce, classes)
 
         def work() -> None:
             say(f"{folder}, {self.trained.size(model)}, {self.where}")
             for sentence in {sentence for _, sentence in matched.values()} - {""}:
                 say(sentence)
-            levels = sorted({level for each in sets.values() for level in each})
-            say_row(
-                "error (%) at severity", [*levels, "mean", *(["CE"] if mce else [])]
-            )
             errors, counts = {}, {}
-            self.report["corruptions"] = about = {
-                "folder": folder,
+            self.report["corruptions"] = about = {"folder": folder, "classes": classes}
+            about |= {
                 "img_size": model.img_size,
-                "crop": self.crop if 0 in classes else crop,
-                "classes": min(classes),
-                "images": counts,
-                "errors": errors,
+                "crop": crop if classes else self.crop,
             }
-            for name, severities in sets.items():
-                errors[name], counts[name] = {}, {}
-                for severity, images in severities.items():
-                    which = matched[name, severity][0]
-                    result = self.measure(evaluate, model, images.listed(), which)
-                    errors[name][severity] = 100 - result["acc1"]
-                    counts[name][severity] = result["images"]
-                row = [errors[name].get(level) for level in levels]
-                row.append(statistics.mean(errors[name].values()))
-                if mce and name in ALEXNET_ERRORS:
-                    row.append(100 * row[-1] / ALEXNET_ERRORS[name])
+            levels = sorted({severity for _, severity in sets})
+            say_row("error (%) at severity", [*levels, "mean"])
+            for name in dict.fromkeys(name for name, _ in sets):
+                for key in (key for key in sets if key[0] == name):
+                    images, (which, _) = sets[key].listed(), matched[key]
+                    result = self.measure(evaluate, model, images, which)
+                    errors[key] = 100 - result["acc1"]
+                    counts[key] = result["images"]
+                    about |= {"errors": nested(errors), "images": nested(counts)}
+                row = [errors.get((name, level)) for level in levels]
+                row.append(statistics.mean(each for each in row if each is not None))
                 say_row(name, ["-" if each is None else f"{each:.2f}" for each in row])
-            means = corruption_means(errors, mce, min(classes))
-            over = ", ".join(means["mean_over"])
-            over = (
-                over if len(means["mean_over"]) < len(errors) else f"all {len(errors)}"
-            )
-            say(f"mean error {means['mean_error']:.2f} %, over {over}")
-            for name, each in errors.items():
-                if lacking := sorted(set(levels) - each.keys()):
-                    say(f"{name} lacks severity {', '.join(map(str, lacking))}")
+            about |= (means := corruption_means(errors, mce, classes))
+            over = means["mean_over"]
+            say(f"mean error {means['mean_error']:.2f} %, over {', '.join(over)}")
+            for name, ce in means.get("ce", {}).items():
+                say_row(f"CE (%), {name}", [f"{ce:.2f}"])
             if mce:
-                partly = (
-                    ""
+                what = (
+                    "mCE"
                     if "mce" in means
-                    else (
-                        f", no mCE to compare: {len(means['ce'])} of 15 corruptions, "
-                        f"{min(classes)} of 1000 classes"
-                    )
+                    else f"no mCE, but the mean CE of {len(means['ce'])} of 15 "
+                    f"corruptions and {classes} of 1000 classes:"
                 )
                 value = means.get("mce", means.get("partial_mce"))
-                say(
-                    f"mCE {value:.2f} %, over AlexNet's errors (arXiv 1903.12261){partly}"
-                )
-            about |= means
+                say(f"{what} {value:.2f} %, over AlexNet's errors (arXiv 1903.12261)")
 
         return work
 

@@ -28,7 +28,7 @@ import math
 import os
 import pickle
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -451,6 +451,63 @@ def load_weights(
         report.append(f"left out {', '.join(unused)}")
     model.load_state_dict({name: given[name] for name in own})
     return "; ".join([f"loaded {loaded} tensors from {source}", *report])
+
+
+def model_of_weights(
+    given: dict[str, torch.Tensor],
+    options: Mapping,
+    img_size: Sequence[int] | None,
+    source: str,
+) -> tuple[VisionTransformer, str]:
+    """A model for weights of timm, DeiT or DINO: what they tell is read from them.
+
+    Args:
+        given: the weights, as from `unwrap`.
+        options: embed_dim, depth and num_heads, which they do not all tell.
+        img_size: height and width, if the patches are no square; else not needed.
+        source: what errors call the weights.
+
+    Returns:
+        The model at the image size of its position embedding, without a head if the
+        weights have none; and a sentence on what was loaded.
+
+    Raises:
+        ValueError: the weights are not those of such a model.
+    """
+    projection, pos_embed = given.get("patch_embed.proj.weight"), given.get("pos_embed")
+    if projection is None or pos_embed is None or projection.ndim != 4:
+        raise ValueError(
+            f"{source} holds no Vision Transformer: there is no patch_embed.proj.weight "
+            "or no pos_embed in it"
+        )
+    for name in ("dist_token", "reg_token"):
+        if name in given:
+            raise ValueError(f"{source} has a {name}, for which there is no place here")
+    if "head.weight" in given and "head.bias" not in given:
+        raise ValueError(f"{source} has a head without a bias, which this model has")
+    patch, cls_token = projection.shape[-1], "cls_token" in given
+    patches = pos_embed.shape[1] - cls_token
+    side = math.isqrt(max(patches, 0))
+    if not img_size or math.prod(img_size) != patches * patch**2:
+        img_size = (side * patch, side * patch)
+        if side * side != patches:
+            raise ValueError(
+                f"{source} has {patches} positions of patches, which are no square; the "
+                "image size tells their grid, if the CLS token has a position of its own"
+            )
+    options = options | {
+        "img_size": tuple(img_size),
+        "patch_size": patch,
+        "num_classes": len(given.get("head.bias", ())),
+        "qkv_bias": "blocks.0.attn.qkv.bias" in given,
+        "last_skip": f"blocks.{options['depth'] - 1}.norm2.weight" in given,
+        "pool": "cls" if cls_token else "mean",
+    }
+    model = VisionTransformer(**options)
+    loaded = load_weights(model, {"architecture": options, "model": given}, source)
+    if not options["last_skip"]:
+        loaded += "; no skip connection around the last attention, as in SAR"
+    return model, loaded
 
 
 def resize_pos_embed(
