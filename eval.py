@@ -757,9 +757,9 @@ PALETTE = [
 
 def caption(text: str, width: int, height: int = LINE) -> torch.Tensor:
     """One line of text on white, cut where it is too long: uint8 (3, height, width)."""
-    text = text.encode("ascii", "replace").decode().replace(" ", "  ")  # which are thin
-    letters = (width - 4) // LETTER
+    text, letters = text.encode("ascii", "replace").decode(), (width - 4) // LETTER
     text = text if len(text) <= letters else f"{text[: letters - 2]}.."
+    text = text.replace(" ", "  ")  # a space is thin
     canvas = torch.full((3, height // 2, width // 2), 255, dtype=torch.uint8)
     top = (height - LINE) // 4
     box = torch.tensor([[0, top, width // 2 - 1, height // 2 - 1]])
