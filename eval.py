@@ -1501,7 +1501,7 @@ def benchmark(device: torch.device, args: argparse.Namespace) -> None:
         timm = importlib.import_module("timm")
         peer = timm.create_model("vit_small_patch16_224").to(device).eval()
         calls[f"timm {timm.__version__}"] = lambda: peer(inputs)
-    masks = torch.randint(22, (count, 480, 480), device=device)
+    masks = torch.randint(22, (count, 480, 480), dtype=torch.uint8, device=device)
     masks[masks == 21] = VOID
     similarity = torch.randn(count, 6, 30, 30, device=device)
     calls["Jaccard index"] = lambda: jaccard(

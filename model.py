@@ -281,14 +281,11 @@ class VisionTransformer(nn.Module):
                     nn.init.zeros_(module.bias)
 
     @torch.no_grad()
-    def resize(self, img_size: int | tuple[int, int]) -> str:
+    def resize(self, img_size: int | tuple[int, int]) -> None:
         """Take images of another size from now on: the position embedding is resized.
 
         Args:
             img_size: height and width in pixels, or one number for both.
-
-        Returns:
-            The change of the grid in words, such as "14x14 -> 12x16", or "".
 
         Raises:
             ValueError: the patch size does not divide the image size.
@@ -297,11 +294,8 @@ class VisionTransformer(nn.Module):
         old_grid = self.grid
         self.grid = check_grid((height, width), self.patch_size)
         self.img_size = (height, width)
-        pos_embed, change = resize_pos_embed(
-            self.pos_embed, self.prefix_tokens, old_grid, self
-        )
-        self.pos_embed = nn.Parameter(pos_embed)
-        return change
+        given = (self.pos_embed, self.prefix_tokens, old_grid)
+        self.pos_embed = nn.Parameter(resize_pos_embed(*given, self)[0])
 
     def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(B, C, height, width) -> logits (B, classes), similarity (B, h, H, W).
