@@ -764,7 +764,10 @@ class Folder(Images):
         self.path = path
 
     def listed(self) -> Images:
-        found = datasets.ImageFolder(self.path)
+        try:
+            found = datasets.ImageFolder(self.path)
+        except FileNotFoundError as error:
+            raise FileNotFoundError(f"{self.path}: {error}") from error
         files = [file for file, _ in found.samples]
         return Images(files, found.targets, found.classes, self.transform)
 
@@ -823,7 +826,7 @@ def _severities(path: Path, transform: Callable) -> dict[int, Images]:
     if len(labels) == count:
         labels = np.tile(labels, CORRUPTION_SEVERITIES)
     right = images.ndim == 4 and images.shape[-1] == 3 and images.dtype == np.uint8
-    if not right or rest or len(labels) != len(images):
+    if not right or rest or not count or len(labels) != len(images):
         raise ValueError(
             f"{path} is not uint8 (5 * n, height, width, 3) with as many labels: it is "
             f"{images.dtype} {images.shape}, and there are {len(labels)} labels"
@@ -846,7 +849,8 @@ def list_images(path: str | os.PathLike) -> list[Path]:
         return [path]
     if not path.is_dir():
         raise FileNotFoundError(f"there is no folder of images at {path}")
-    found = [file for file in sorted(path.rglob("*")) if is_image_file(file.name)]
+    files = (file for file in sorted(path.rglob("*")) if file.is_file())
+    found = [file for file in files if is_image_file(file.name)]
     if not found:
         raise FileNotFoundError(f"there are no images in {path}")
     return found

@@ -28,7 +28,6 @@ import re
 import shutil
 import statistics
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -60,6 +59,7 @@ from data import (
     load_masks,
     make_loader,
     normalizer,
+    open_image,
     test_transform,
     unreadable,
 )
@@ -67,6 +67,7 @@ from entropy import connected_components, spatial_entropy, threshold_at_mean
 from model import (
     MODELS,
     VisionTransformer,
+    check_grid,
     model_of_weights,
     read_checkpoint,
     unwrap,
@@ -666,7 +667,8 @@ def load_trained(path: Path, args: argparse.Namespace) -> Trained:
     mean, std = tuple(args.mean or IMAGENET_MEAN), tuple(args.std or IMAGENET_STD)
     trained = Trained(model, path, [loaded], OTHERS, None, mean, std)
     heads, side = model.blocks[-1].attn.num_heads, model.patch_size
-    kind = f"{args.model}, {heads} heads, {side}x{side} patches, pool {model.blocks[-1].pool}"
+    rows, columns = model.grid
+    kind = f"{args.model}, {heads} heads, {side}x{side} patches, {rows}x{columns} of them, pool {model.blocks[-1].pool}"
     trained.about.append(f"taken for {kind}, {trained.num_classes or 'no'} classes")
     trained.about.append(f"images normalised with mean {mean}, std {std}")
     return trained
@@ -1033,35 +1035,47 @@ def check_arguments(args: argparse.Namespace) -> None:
         args.img_size *= 2
     if args.std and not all(args.std):
         raise ValueError("--std must be above 0")
-    outputs = {"attention": args.attention, "json": args.json}
-    outputs = {option: Path(file) for option, file in outputs.items() if file}
-    for option, file in outputs.items():
-        if not file.parent.is_dir():
-            raise ValueError(f"--{option} {file}: there is no folder {file.parent}")
-        if file.exists() and not file.is_file():
-            raise ValueError(f"--{option} {file}: this is no file that can be replaced")
-        tempfile.TemporaryFile(
-            dir=file.parent
-        ).close()  # fails now if it is not writable
-    if args.attention and outputs["attention"].suffix.lower() != ".png":
-        raise ValueError(f"--attention takes the name of a .png, not {args.attention}")
-    if args.json and (args.json == args.attention or not is_json(args.json)):
-        raise ValueError(f"--json would replace {args.json}, which is no JSON")
-    if args.images and args.attention:
-        picture, images = Path(args.attention).resolve(), Path(args.images).resolve()
-        if images in (picture, *picture.parents):
-            raise ValueError(f"--attention {picture} would be among the --images")
+    files = {
+        option: output_file(option, getattr(args, option))
+        for option in ("attention", "json")
+        if getattr(args, option) is not None
+    }
+    if "attention" in files:
+        if files["attention"].suffix.lower() != ".png":
+            raise ValueError(f"--attention takes a .png, not {args.attention}")
+        if files["attention"] == files.get("json"):
+            raise ValueError(f"--json would replace the picture {args.attention}")
+        if args.images:
+            images = Path(args.images).resolve()
+            if images in (files["attention"], *files["attention"].parents):
+                raise ValueError(f"{args.attention} would be among the --images")
+    if "json" in files and files["json"].is_file():
+        try:
+            json.loads(files["json"].read_text() or "{}")
+        except ValueError as error:
+            raise ValueError(f"{args.json} is there and is no JSON") from error
 
 
-def is_json(file: str) -> bool:
-    """Whether a file holds JSON, or is not there."""
-    if not os.path.exists(file):
-        return True
+def output_file(option: str, given: str) -> Path:
+    """Where an output goes, once it is sure that it can be written there.
+
+    Raises:
+        ValueError: it cannot.
+    """
     try:
-        json.loads(Path(file).read_text())
-    except ValueError:
-        return False
-    return True
+        file = Path(given).resolve()
+        if not file.parent.is_dir():
+            raise ValueError(f"--{option} {given}: there is no folder {file.parent}")
+        if file.exists() and not file.is_file():
+            raise ValueError(f"--{option} {given}: this is no file")
+        partial = file.with_name(f"{file.name}.partial")  # as `replace` will
+        if partial.exists():
+            raise ValueError(f"--{option} {given}: {partial} is in the way")
+        partial.touch()
+        partial.unlink()
+    except (OSError, RuntimeError) as error:
+        raise ValueError(f"--{option} {given} cannot be written: {error}") from error
+    return file
 
 
 class Evaluation:
@@ -1076,18 +1090,21 @@ class Evaluation:
         self.args, self.device = args, choose_device(args.device)
         path = Path(args.checkpoint) if args.checkpoint else newest_checkpoint()
         self.trained = trained = load_trained(path, args)
+        self.contestants = [trained]  # in the picture
+        if args.compare:
+            self.contestants.append(load_trained(Path(args.compare), args))
         name = trained.settings.get("model")  # of a run
-        if name and args.model not in (None, name) and not args.compare:
+        runs = [each.settings.get("model") for each in self.contestants]
+        if None not in runs and args.model not in (None, *runs):
             raise ValueError(f"{path} is a {name}, not a {args.model}")
-        others = args.classes or args.mean or args.std or args.num_heads
-        if name and others and not args.compare:
+        others = args.mean or args.std or args.num_heads
+        if (None not in runs and others) or (name and args.classes):
             raise ValueError(
                 f"{path} is a run's, whose classes, mean, std and heads are known: "
                 "--classes, --mean, --std and --num-heads are for weights of others"
             )
-        if args.classes and not name:
+        if args.classes:
             trained.classes = read_classes(args.classes, trained.num_classes)
-        self.contestants = [trained]  # in the picture
         self.model = trained.at(args.img_size)
         self.dataset = args.dataset or trained.settings["dataset"]
         self.data_dir = args.data_dir or trained.settings["data_dir"]
@@ -1113,13 +1130,15 @@ class Evaluation:
         }
 
     def save(self, complete: bool) -> None:
-        """Write the report, as far as it goes; if nothing was measured, nothing."""
-        parts = self.report.keys() & {"accuracy", "corruptions", "segmentation"}
-        if self.args.json and (parts or complete):
-            report = finite(self.report | {"complete": complete})
-            text = json.dumps(report, indent=2, allow_nan=False) + "\n"
-            replace(Path(self.args.json), lambda partial: partial.write_text(text))
-            say(f"wrote {self.args.json}{'' if complete else ', which is incomplete'}")
+        """Write the report; one that is incomplete goes beside, if it has any number."""
+        measured = self.report.keys() & {"accuracy", "corruptions", "segmentation"}
+        if not self.args.json or not (complete or measured):
+            return
+        file = Path(self.args.json if complete else f"{self.args.json}.incomplete")
+        report = finite(self.report | {"complete": complete})
+        text = json.dumps(report, indent=2, allow_nan=False) + "\n"
+        replace(file, lambda partial: partial.write_text(text))
+        say(f"wrote {file}")
 
     def measure(
         self,
@@ -1168,7 +1187,10 @@ class Evaluation:
     def test_set(self, transform: Callable | None) -> Images:
         if self.dataset is None:
             path = self.trained.path
-            raise ValueError(f"{path} knows no data set: name one with --dataset")
+            raise ValueError(
+                f"{path} knows no data set: name one with --dataset, or images to draw "
+                "on with --images"
+            )
         return load_dataset(self.dataset, self.data_dir, "test", transform)
 
     def about_data(self, dataset: str, split: str, model: VisionTransformer) -> dict:
@@ -1229,7 +1251,7 @@ class Evaluation:
             for sentence in {sentence for _, sentence in matched.values()} - {""}:
                 say(sentence)
             errors, counts = {}, {}
-            self.report["corruptions"] = about = {"folder": folder, "classes": classes}
+            about = {"folder": folder, "classes": classes}
             about |= {
                 "img_size": model.img_size,
                 "crop": crop if classes else self.crop,
@@ -1243,6 +1265,7 @@ class Evaluation:
                     errors[key] = 100 - result["acc1"]
                     counts[key] = result["images"]
                     about |= {"errors": nested(errors), "images": nested(counts)}
+                    self.report["corruptions"] = about
                 row = [errors.get((name, level)) for level in levels]
                 row.append(statistics.mean(each for each in row if each is not None))
                 say_row(name, ["-" if each is None else f"{each:.2f}" for each in row])
@@ -1301,9 +1324,15 @@ class Evaluation:
     def picture(self) -> Callable[[], None]:
         """Draw the attention on images of a folder, or of the data set measured."""
         args, mass = self.args, PROTOCOLS[self.args.protocol].mass
-        images, captions = read_images(args) if args.images else self.sample_images()
-        if args.compare:
-            self.contestants.append(load_trained(Path(args.compare), args))
+        if args.images:
+            images, captions = self.first_images(
+                (lambda file=file: open_image(file), file.stem)
+                for file in list_images(args.images)
+            )
+        else:
+            images, captions = self.sample_images()
+        for trained in self.contestants if args.img_size else []:
+            check_grid(args.img_size, trained.model.patch_size)
 
         def work() -> None:
             looks = [
@@ -1336,39 +1365,48 @@ class Evaluation:
     def sample_images(self) -> tuple[list[torch.Tensor], list[str]]:
         """Images for the picture, uint8 (3, height, width), and their captions."""
         rows, name = self.args.rows, self.args.segmentation
+        generator = torch.Generator().manual_seed(0)
         if name and not self.args.dataset:
             masks = load_masks(name, self.data_dir, self.model.img_size)
-            generator = torch.Generator().manual_seed(0)
-            chosen = torch.randperm(len(masks), generator=generator)[:rows]
-            chosen = chosen.sort().values.tolist()
-            images = [masks.pair(index)[0] for index in chosen]
-            captions = [f"image {index}" for index in chosen]
-        else:
-            dataset = self.test_set(None)
-            subset = balanced_subset(dataset, min(rows, len(dataset)), seed=0)
-            images, labels = zip(*(subset[index] for index in range(len(subset))))
-            captions = [
-                f"{dataset.classes[label]} {index}"
-                for label, index in zip(labels, subset.indices)
-            ]
-        return [AS_TENSOR(image) for image in images], captions
+            order = torch.randperm(len(masks), generator=generator).tolist()
+            chosen = sorted(order[:rows]) + order[rows:]
+            return self.first_images(
+                (lambda index=index: masks.pair(index)[0], f"image {index}")
+                for index in chosen
+            )
+        dataset = self.test_set(None)
+        chosen = balanced_subset(dataset, min(rows, len(dataset)), seed=0).indices
+        chosen += torch.randperm(len(dataset), generator=generator).tolist()
+        return self.first_images(
+            (
+                lambda index=index: dataset[index][0],
+                f"{dataset.classes[dataset.targets[index]]} {index}",
+            )
+            for index in dict.fromkeys(chosen)
+        )
+
+    def first_images(
+        self, candidates: Iterable[tuple[Callable, str]]
+    ) -> tuple[list[torch.Tensor], list[str]]:
+        """The first --rows images that can be read, and their captions.
+
+        Raises:
+            ValueError: one cannot, and it was not asked to leave it out; or none can.
+        """
+        images, captions, bad = [], [], {}
+        for read, caption in candidates:
+            if len(images) == self.args.rows:
+                break
+            try:
+                images.append(AS_TENSOR(read()))
+                captions.append(caption)
+            except OSError as error:
+                bad[len(bad)] = str(error)
+        leave_out(bad, range(len(images) + len(bad)), self.args.skip_unreadable)
+        return images, captions
 
 
-def read_images(args: argparse.Namespace) -> tuple[list[torch.Tensor], list[str]]:
-    """The first images of a folder, uint8 (3, height, width), and their names.
-
-    Raises:
-        OSError: there are none.
-        ValueError: some cannot be read, and it was not asked to leave these out.
-    """
-    files = list_images(args.images)[: args.rows]
-    folder = Images(files, range(len(files)), [file.stem for file in files], AS_TENSOR)
-    read = leave_out(unreadable(folder), folder, skip=args.skip_unreadable)
-    images, indices = zip(*(read[n] for n in range(len(read))))
-    return list(images), [folder.classes[index] for index in indices]
-
-
-def leave_out(bad: dict[int, str], dataset: Dataset, skip: bool) -> Dataset:
+def leave_out(bad: dict[int, str], dataset: Sequence, skip: bool) -> Dataset:
     """A data set without the items that cannot be read, if that was asked for.
 
     Args:
@@ -1412,8 +1450,10 @@ def try_first(dataset: Dataset) -> None:
     """Find out before any work whether images are large enough, and masks known.
 
     Raises:
-        ValueError: the first is not.
+        ValueError: the first is not, or there is none.
     """
+    if not len(dataset):
+        raise ValueError("there are no images to evaluate")
     with contextlib.suppress(OSError):  # an image that cannot be read is another matter
         dataset[0]
 
@@ -1447,8 +1487,10 @@ def run(args: argparse.Namespace) -> None:
     evaluation = Evaluation(args)
     else_asked = args.segmentation or args.corruptions or args.images
     classify = args.dataset or not else_asked
-    if args.attention and not evaluation.trained.num_classes:
-        classify = False  # the data set is to draw from
+    draw_from_it = args.attention and not args.images
+    if classify and draw_from_it and not evaluation.trained.num_classes:
+        say("there is no head: the data set is to draw from, not to classify")
+        classify = False
     wanted = {
         "accuracy": classify,
         "corruptions": args.corruptions,

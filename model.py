@@ -458,7 +458,7 @@ def model_of_weights(
     Args:
         given: the weights, as from `unwrap`.
         options: embed_dim, depth and num_heads, which they do not all tell.
-        img_size: height and width, if the patches are no square; else not needed.
+        img_size: height and width in training, needed where the patches are no square.
         source: what errors call the weights.
 
     Returns:
@@ -482,13 +482,13 @@ def model_of_weights(
     patch, cls_token = projection.shape[-1], "cls_token" in given
     patches = pos_embed.shape[1] - cls_token
     side = math.isqrt(max(patches, 0))
-    if not img_size or math.prod(img_size) != patches * patch**2:
+    if side * side == patches:
         img_size = (side * patch, side * patch)
-        if side * side != patches:
-            raise ValueError(
-                f"{source} has {patches} positions of patches, which are no square; the "
-                "image size tells their grid, if the CLS token has a position of its own"
-            )
+    elif not img_size or math.prod(img_size) != patches * patch**2:
+        raise ValueError(
+            f"{source} has {patches} positions of patches, which are no square; the "
+            "image size tells their grid, if the CLS token has a position of its own"
+        )
     options = options | {
         "img_size": tuple(img_size),
         "patch_size": patch,

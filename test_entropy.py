@@ -1996,7 +1996,7 @@ def test_classes_are_matched_by_name(tmp_path, monkeypatch, capsys) -> None:
         {"img_size": 24, "pool": "mean"},
         {"img_size": 24, "num_heads": 4},
         {"img_size": (24, 40)},
-        {"img_size": (8, 32)},  # as many patches as a square has
+        {"img_size": (8, 24)},
         {"img_size": 24, "patch_size": 4},
     ],
 )
@@ -2247,7 +2247,8 @@ def test_corruptions_in_folders(tmp_path, monkeypatch, capsys) -> None:
     command = f"eval --device cpu --checkpoint {tmp_path}/run.pt --corruptions {folder}"
     assert run(monkeypatch, f"{command} --json {tmp_path}/part.json") == 2
     assert "1 of 3 images failed" in capsys.readouterr().err
-    part = json.loads((tmp_path / "part.json").read_text())
+    assert not (tmp_path / "part.json").exists()  # a complete one would still stand
+    part = json.loads((tmp_path / "part.json.incomplete").read_text())
     assert not part["complete"]
     assert part["corruptions"]["errors"]["snow"].keys() == {"1"}
     shutil.rmtree(folder / "fog" / "5")
@@ -2361,9 +2362,11 @@ def test_the_picture_takes_any_image(tmp_path, monkeypatch, capsys) -> None:
     before = picture.read_bytes()
     (folder / "b.png").write_text("no image")
     assert draw("") == 2
-    assert "1 of 4 images failed: the image " in capsys.readouterr().err
+    assert "1 of 5 images failed: the image " in capsys.readouterr().err
     assert picture.read_bytes() == before
+    capsys.readouterr()
     assert draw("--skip-unreadable") == 0
+    assert "1 of 5 images left out: " in capsys.readouterr().out  # and 4 are drawn
     shutil.rmtree(folder)
     assert draw("") == 2
     folder.mkdir()
@@ -2371,6 +2374,47 @@ def test_the_picture_takes_any_image(tmp_path, monkeypatch, capsys) -> None:
     error = capsys.readouterr().err
     assert "there is no folder of images at" in error
     assert "there are no images in" in error
+
+
+@needs_project
+def test_pictures_of_data_with_unreadable_images(tmp_path, monkeypatch, capsys) -> None:
+    write_folder(tmp_path, CLASSES)
+    write_run(tmp_path / "run.pt")
+    for name in CLASSES:
+        (tmp_path / "val" / name / "0.png").write_text("no image")
+    options = f"--attention {tmp_path}/a.png --rows 5"
+    command = f"eval --device cpu --checkpoint {tmp_path}/run.pt {options}"
+    assert run(monkeypatch, command) == 2
+    assert "images failed: " in capsys.readouterr().err
+    found = numbers(monkeypatch, tmp_path, f"{options} --skip-unreadable")
+    assert len(found["attention"]["images"]) == found["accuracy"]["images"] == 5
+    assert len(found["attention"]["entropy"][0][4]) == 2
+
+
+@needs_project
+def test_compared_models_are_checked(tmp_path, monkeypatch, capsys) -> None:
+    presets = {"embed_dim": 32, "depth": 3, "num_heads": 2}
+    monkeypatch.setitem(vit.MODELS, "vit_tiny", presets)
+    write_folder(tmp_path, CLASSES)
+    write_run(tmp_path / "run.pt")
+    weights = small_model(img_size=32, patch_size=16).state_dict()
+    torch.save(weights, tmp_path / "weights.pt")
+    command = f"eval --device cpu --attention {tmp_path}/a.png --rows 1"
+    both = f"--checkpoint {tmp_path}/run.pt --compare {tmp_path}/run.pt"
+    mixed = f"--checkpoint {tmp_path}/run.pt --compare {tmp_path}/weights.pt"
+    errors = {
+        f"{both} --model vit_base": "is a vit_mini, not a vit_base",
+        f"{both} --num-heads 4": "are for weights of others",
+        f"{mixed} --model vit_tiny --classes none": "are for weights of others",
+        f"{mixed} --model vit_tiny --img-size 24": "patch size 16 does not divide",
+        mixed: "do so with --model",
+    }
+    for options, message in errors.items():
+        assert run(monkeypatch, f"{command} {options}") == 2
+        output, error = capsys.readouterr()
+        assert message in error
+        assert output == ""
+    assert run(monkeypatch, f"{command} {mixed} --model vit_tiny") == 0
 
 
 @needs_project
@@ -2443,11 +2487,19 @@ def test_results_replace_nothing_else(tmp_path, monkeypatch, capsys) -> None:
     assert run(monkeypatch, f"{command} --json {tmp_path}/run.pt") == 2
     assert (tmp_path / "run.pt").read_bytes() == before
     assert run(monkeypatch, f"{command} --json /dev/null") == 2
-    both = f"--json {tmp_path}/a.png --attention {tmp_path}/a.png"
+    both = f"--json {tmp_path}/val/../a.png --attention {tmp_path}/a.png"
     assert run(monkeypatch, f"{command} {both}") == 2
     images = f"--images {tmp_path} --attention {tmp_path}/val/cat/0.png"
     assert run(monkeypatch, f"{command} {images}") == 2
-    assert capsys.readouterr().err.count("\n") == 4
+    (tmp_path / "loop.json").symlink_to(tmp_path / "loop.json")
+    assert run(monkeypatch, f"{command} --json {tmp_path}/loop.json") == 2
+    assert run(monkeypatch, f"{command} --json {tmp_path}/{'x' * 252}.json") == 2
+    (tmp_path / "b.json.partial").write_text("of the user")
+    assert run(monkeypatch, f"{command} --json {tmp_path}/b.json") == 2
+    assert (tmp_path / "b.json.partial").read_text() == "of the user"
+    output, error = capsys.readouterr()
+    assert output == ""  # nothing was measured
+    assert error.count("\n") == 7
     (tmp_path / "target.json").write_text("{}")
     (tmp_path / "link.json").symlink_to(tmp_path / "target.json")
     assert run(monkeypatch, f"{command} --json {tmp_path}/link.json") == 0
