@@ -1684,6 +1684,28 @@ def test_resuming_completes_the_log(tmp_path, monkeypatch) -> None:
 
 
 @needs_project
+def test_testing_less_often_changes_nothing_else(tmp_path, monkeypatch) -> None:
+    write_fashion_mnist(tmp_path / "data")
+    command = f"train {TINY.replace('--epochs 2', '--epochs 3')} --model-ema"
+    runs = {}
+    for interval in (1, 2):
+        options = f"--val-interval {interval} --output-dir {tmp_path}/{interval}"
+        assert run(monkeypatch, f"{command} --data-dir {tmp_path}/data {options}") == 0
+        path = tmp_path / str(interval) / "checkpoint.pt"
+        runs[interval] = torch.load(path, weights_only=True)
+    tested = [
+        [any("test" in key for key in epoch) for epoch in runs[n]["log"][1:]]
+        for n in runs
+    ]
+    assert tested == [[True, True, True], [False, True, True]]
+    for key in ("test_acc1", "test_loss", "test_loss_ema", "train_loss"):
+        assert runs[1]["log"][3][key] == runs[2]["log"][3][key]
+    for weights in ("model", "model_ema"):
+        for name, tensor in runs[1][weights].items():
+            assert tensor.equal(runs[2][weights][name])
+
+
+@needs_project
 def test_benchmark(monkeypatch, capsys) -> None:
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)
     monkeypatch.setattr(train, "BENCHMARK_ROUNDS", 1)

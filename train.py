@@ -67,6 +67,7 @@ from eval import (
     Parser,
     autocast,
     choose_device,
+    cpu_batch_size,
     duration,
     evaluate,
     grouped,
@@ -315,6 +316,8 @@ def make_parser(recipe: dict) -> Parser:
     device += "process takes a GPU of its own"
     add("--device", metavar="NAME", help=device)
     add("--amp", action=yes_or_no, help="bfloat16; on CUDA alone, if left out")
+    interval = "test after every N epochs, and after the last"
+    add("--val-interval", type=whole, default=1, metavar="N", help=interval)
     add("--compile", action="store_true", help="torch.compile model and loss")
     benchmark = "time training steps of the paper's model and the loading of images, "
     benchmark += "on random data, and write nothing"
@@ -441,9 +444,6 @@ def prepare(args: argparse.Namespace, device: torch.device) -> tuple:
     options = {"workers": args.workers, "pin_memory": device.type == "cuda"}
     options |= {"rank": rank(), "world_size": args.world_size}
     train_loader = make_loader(train_set, args.batch_size, train=True, **options)
-    test_loader = make_loader(test_set, args.batch_size, train=False, **options)
-    if len(test_set) * 3 * args.img_size**2 <= args.cache * 1e9:
-        test_loader = Kept(test_loader)
     if len(train_loader) < args.accumulate:
         raise ValueError(f"--accumulate exceeds an epoch's {len(train_loader)} batches")
     if checkpoint and checkpoint["classes"] != classes:
@@ -453,6 +453,10 @@ def prepare(args: argparse.Namespace, device: torch.device) -> tuple:
         model = VisionTransformer(**architecture(args, len(classes)))
         if args.finetune:
             say(load_weights(model, args.finetune))
+    size = cpu_batch_size(model) if device.type == "cpu" else args.batch_size
+    test_loader = make_loader(test_set, size, train=False, **options)
+    if len(test_set) * 3 * args.img_size**2 <= args.cache * 1e9:
+        test_loader = Kept(test_loader)
     versions = {
         "torch": str(torch.__version__),
         "torchvision": str(torchvision.__version__),
@@ -611,8 +615,10 @@ def train(
                 stays=False,
             )
 
-        test = evaluate(model, test_loader, normalize, device, args.amp)
-        if not math.isfinite(test["loss"] + test["entropy"]):
+        test, tested = {}, ""
+        if (epoch + 1) % args.val_interval == 0 or epoch + 1 == args.epochs:
+            test = evaluate(model, test_loader, normalize, device, args.amp)
+        if test and not math.isfinite(test["loss"] + test["entropy"]):
             raise FloatingPointError(
                 f"the weights of epoch {epoch + 1} are not finite, or not what they give: "
                 f"test cross-entropy {test['loss']}, spatial entropy {test['entropy']}"
@@ -630,11 +636,17 @@ def train(
         checkpoint["model"] = model.state_dict()
         checkpoint["optimizer"] = optimizer.state_dict()
         averaged = ""
-        if ema:
+        if ema and test:
             test_ema = evaluate(ema, test_loader, normalize, device, args.amp)
             record |= {f"test_{name}_ema": value for name, value in test_ema.items()}
             averaged = f" (averaged weights {test_ema['acc1']:.2f} %)"
+        if ema:
             checkpoint["model_ema"] = ema.state_dict()
+        if test:
+            tested = f"test accuracy {test['acc1']:.2f} %{averaged}  "
+            tested += (
+                f"loss {test['loss']:.3f}  spatial entropy {test['entropy']:.3f} | "
+            )
         now = time.perf_counter()
         record["seconds"] = now - epoch_start
         left = duration((now - start) / (done - first) * (total - done))
@@ -642,9 +654,7 @@ def train(
         save(folder, checkpoint)
         say(
             f"epoch {epoch + 1}/{args.epochs}  loss {train_loss:.3f}  "
-            f"spatial entropy {train_entropy:.3f} | "
-            f"test accuracy {test['acc1']:.2f} %{averaged}  "
-            f"loss {test['loss']:.3f}  spatial entropy {test['entropy']:.3f} | "
+            f"spatial entropy {train_entropy:.3f} | {tested}"
             f"lr {lr:.1e}  lambda {sar_lambda:.4f}  {speed:.0f} images/s  {left} left"
         )
         check_signals()
