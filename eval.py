@@ -1066,7 +1066,7 @@ def output_file(option: str, given: str) -> Path:
         file = Path(given).resolve()
         if not file.parent.is_dir():
             raise ValueError(f"--{option} {given}: there is no folder {file.parent}")
-        if file.exists() and not file.is_file():
+        if file.is_symlink() or (file.exists() and not file.is_file()):
             raise ValueError(f"--{option} {given}: this is no file")
         partial = file.with_name(f"{file.name}.partial")  # as `replace` will
         if partial.exists():
