@@ -666,9 +666,9 @@ def load_trained(path: Path, args: argparse.Namespace) -> Trained:
         raise ValueError(f"no {args.model}: {error}") from error
     mean, std = tuple(args.mean or IMAGENET_MEAN), tuple(args.std or IMAGENET_STD)
     trained = Trained(model, path, [loaded], OTHERS, None, mean, std)
-    heads, side = model.blocks[-1].attn.num_heads, model.patch_size
-    rows, columns = model.grid
-    kind = f"{args.model}, {heads} heads, {side}x{side} patches, {rows}x{columns} of them, pool {model.blocks[-1].pool}"
+    last, side, (rows, columns) = model.blocks[-1], model.patch_size, model.grid
+    kind = f"{args.model}, {last.attn.num_heads} heads, pool {last.pool}"
+    kind += f", {rows}x{columns} patches of {side}x{side} pixels"
     trained.about.append(f"taken for {kind}, {trained.num_classes or 'no'} classes")
     trained.about.append(f"images normalised with mean {mean}, std {std}")
     return trained
@@ -1248,8 +1248,9 @@ class Evaluation:
 
         def work() -> None:
             say(f"{folder}, {self.trained.size(model)}, {self.where}")
-            for sentence in {sentence for _, sentence in matched.values()} - {""}:
-                say(sentence)
+            for sentence in dict.fromkeys(sentence for _, sentence in matched.values()):
+                if sentence:
+                    say(sentence)
             errors, counts = {}, {}
             about = {"folder": folder, "classes": classes}
             about |= {

@@ -1706,6 +1706,27 @@ def test_testing_less_often_changes_nothing_else(tmp_path, monkeypatch) -> None:
 
 
 @needs_project
+def test_weights_that_are_not_finite_are_not_saved_untested(
+    tmp_path, monkeypatch, capsys
+) -> None:
+    write_fashion_mnist(tmp_path / "data")
+    rates = train.rates
+
+    def diverging(step: int, *given) -> tuple[float, float]:
+        lr, sar_lambda = rates(step, *given)
+        return (math.nan if step == 9 else lr), sar_lambda  # the last of epoch 2
+
+    monkeypatch.setattr(train, "rates", diverging)
+    command = f"train {TINY.replace('--epochs 2', '--epochs 4')} --val-interval 4"
+    command += f" --data-dir {tmp_path}/data --output-dir {tmp_path}/run"
+    assert run(monkeypatch, command) == 2
+    assert "the weights of epoch 2 are not finite" in capsys.readouterr().err
+    saved = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)
+    assert saved["epoch"] == 1
+    assert all(tensor.isfinite().all() for tensor in saved["model"].values())
+
+
+@needs_project
 def test_benchmark(monkeypatch, capsys) -> None:
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)
     monkeypatch.setattr(train, "BENCHMARK_ROUNDS", 1)

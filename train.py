@@ -623,6 +623,9 @@ def train(
                 f"the weights of epoch {epoch + 1} are not finite, or not what they give: "
                 f"test cross-entropy {test['loss']}, spatial entropy {test['entropy']}"
             )
+        sound = torch.stack([weight.isfinite().all() for weight in model.parameters()])
+        if not test and not sound.all():
+            raise FloatingPointError(f"the weights of epoch {epoch + 1} are not finite")
         record = {
             "epoch": epoch + 1,
             "train_loss": train_loss,
