@@ -619,6 +619,50 @@ def test_recipes_of_the_readme(package: str, tmp_path: Path) -> None:
 
 
 @needs_project
+def test_study(capsys, monkeypatch, tmp_path: Path) -> None:
+    """Its commands are understood, and the README has the table of its results."""
+    study = runpy.run_path(str(HERE / ".study" / "study.py"))
+    study["commands"]()
+    seeds = set()
+    for line in capsys.readouterr().out.splitlines():
+        _, train_command, eval_command, _ = re.split(
+            r"\{ python |&& python |; \}", line
+        )
+        monkeypatch.setattr(sys, "argv", train_command.split())
+        settings = train.parse_arguments()[1]
+        monkeypatch.setattr(sys, "argv", eval_command.split())
+        assert evaluation.make_parser().parse_args().json.startswith("runs/study/")
+        assert f"{settings.output_dir}/checkpoint.pt" in eval_command
+        seeds.add(settings.seed)
+    assert seeds == {0, 1, 2, 3, 4}
+
+    # Means 80.125 and 81.205; differences 1, 1.09, 1.15, 1.08, 1.08.
+    first = {"setting": "fashion-1000", "minutes": 1, "entropy": 0.1, "components": 1}
+    first |= {"mass": 30, "foreground": 50}
+    pairs = [
+        ("plain", (80.0, 80.125, 80.25, 80.125, 80.125)),
+        ("sar-0.01", (81.0, 81.215, 81.4, 81.205, 81.205)),
+        ("surgery", (81.0, 81.0, 81.0, 81.0)),  # a seed is missing
+    ]
+    runs = [
+        json.dumps(first | {"arm": arm, "seed": seed, "acc1": value})
+        for arm, values in pairs
+        for seed, value in enumerate(values)
+    ]
+    (tmp_path / "runs.jsonl").write_text("\n".join(runs))
+    study["table"](tmp_path / "runs.jsonl", "plain")
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2
+    assert lines[0].split(" | ")[2] == "80.12 ± 0.09"
+    assert lines[1].split(" | ")[2] == "81.20 ± 0.15<br>+1.08 ± 0.07"
+
+    study["table"](HERE / ".study" / "results.jsonl", "plain")
+    readme = (HERE / "README.md").read_text(encoding="utf-8")
+    for line in capsys.readouterr().out.splitlines():
+        assert line in readme
+
+
+@needs_project
 @pytest.mark.parametrize("pool", ["cls", "mean"])
 @pytest.mark.parametrize("last_skip", [True, False])
 def test_model_shapes(pool: str, last_skip: bool) -> None:
