@@ -618,13 +618,13 @@ def train(
         test, tested = {}, ""
         if (epoch + 1) % args.val_interval == 0 or epoch + 1 == args.epochs:
             test = evaluate(model, test_loader, normalize, device, args.amp)
-        if test and not math.isfinite(test["loss"] + test["entropy"]):
-            raise FloatingPointError(
-                f"the weights of epoch {epoch + 1} are not finite, or not what they give: "
-                f"test cross-entropy {test['loss']}, spatial entropy {test['entropy']}"
-            )
-        sound = torch.stack([weight.isfinite().all() for weight in model.parameters()])
-        if not test and not sound.all():
+            if not math.isfinite(test["loss"] + test["entropy"]):
+                raise FloatingPointError(
+                    f"the weights of epoch {epoch + 1} are not finite, or not what they "
+                    f"give: test cross-entropy {test['loss']}, spatial entropy "
+                    f"{test['entropy']}"
+                )
+        elif not torch.stack([w.isfinite().all() for w in model.parameters()]).all():
             raise FloatingPointError(f"the weights of epoch {epoch + 1} are not finite")
         record = {
             "epoch": epoch + 1,
