@@ -638,6 +638,9 @@ def test_study(capsys, monkeypatch, tmp_path: Path) -> None:
     shown = re.findall("^python train.py .*runs/study.*", unwrapped, re.MULTILINE)
     assert len(shown) == 1
     assert shown[0] in commands
+    written = " ".join(readme.split())
+    for part in (study["FASHION"], study["SMALL"], study["LARGER"], study["WHOLE"]):
+        assert part in written
 
     same = {"setting": "fashion-1000", "minutes": 1, "entropy": 0.1, "components": 1}
     same |= {"mass": 30, "foreground": 50}

@@ -26,30 +26,35 @@ FASHION = (
 )
 SMALL = "--train-size 1000 --epochs 100 --warmup-epochs 5 --batch-size 16 --lr 0.0256"
 LARGER = "--train-size 5000 --epochs 20 --warmup-epochs 1 --batch-size 32 --lr 0.0128"
+WHOLE = "--epochs 10 --warmup-epochs 1 --batch-size 16 --lr 0.0128"
 
 # Setting -> data set, and the options that its arms share, tuned for the plain ViT.
 SETTINGS = {
     "fashion-1000": ("fashion-mnist", f"{FASHION} {SMALL}"),
-    "shapes-1000": ("shapes", f"--crop padded {SMALL}"),
     "fashion-5000": ("fashion-mnist", f"{FASHION} {LARGER}"),
+    "shapes-1000": ("shapes", f"--crop padded {SMALL}"),
+    "shapes-10000": ("shapes", f"--crop padded {WHOLE}"),
 }
 
 
-def arms(*lambdas: float) -> dict[str, str]:
-    """Name -> options: the plain ViT, each of the two changes by itself, and SAR."""
+def arms(alone: list[float], both: list[float]) -> dict[str, str]:
+    """Name -> options: the plain ViT, each of the two changes by itself, and SAR.
+
+    The entropy alone is weighted by each lambda of `alone`, SAR's by each of `both`.
+    """
     return {
         "plain": "--sar-lambda 0",
         "surgery": "--sar-lambda 0 --no-last-skip",
-        "entropy-0.01": "--sar-lambda 0.01 --last-skip",
-        "entropy-0.3": "--sar-lambda 0.3 --last-skip",
-        **{f"sar-{value}": f"--sar-lambda {value}" for value in lambdas},
+        **{f"entropy-{value}": f"--sar-lambda {value} --last-skip" for value in alone},
+        **{f"sar-{value}": f"--sar-lambda {value}" for value in both},
     }
 
 
 STUDY = {
-    "fashion-1000": arms(0.003, 0.01, 0.03, 0.1, 0.3),
-    "shapes-1000": arms(0.003, 0.01, 0.03, 0.1, 0.3),
-    "fashion-5000": arms(0.01, 0.3),
+    "fashion-1000": arms([0.01, 0.3], [0.003, 0.01, 0.03, 0.1, 0.3]),
+    "fashion-5000": arms([0.3], [0.01, 0.3]),
+    "shapes-1000": arms([0.01, 0.3], [0.01, 0.1, 0.3]),
+    "shapes-10000": arms([0.3], [0.3]),
 }
 
 # What is measured -> its column, and the decimals that are printed.
@@ -81,7 +86,10 @@ def commands() -> None:
 
 def collect(path: Path) -> None:
     """Print a line of JSON for each run in PATH/SETTING/ARM-SEED that was measured."""
-    for result in sorted(path.glob("*/*/eval.json")):
+    results = sorted(path.glob("*/*/eval.json"))
+    if not results:
+        raise FileNotFoundError(f"no SETTING/ARM-SEED/eval.json in {path}")
+    for result in results:
         lines = (result.parent / "log.jsonl").read_text().splitlines()
         settings, *epochs = map(json.loads, lines)
         last, measured = epochs[-1], json.loads(result.read_text())["segmentation"]
@@ -142,8 +150,11 @@ def table(path: Path, baseline: str) -> None:
     with half its 95 % interval. An arm without all its seeds is named on standard error.
     """
     found = {}
-    for line in path.read_text().splitlines():
-        run = json.loads(line)
+    try:
+        records = [json.loads(line) for line in path.read_text().splitlines()]
+    except ValueError as error:
+        raise ValueError(f"{path} is not a file that collect made: {error}") from error
+    for run in records:
         found.setdefault((run["setting"], run["arm"]), {})[run["seed"]] = run
     columns = ["arm", "its options", *(column for column, _ in MEASURES.values())]
     print("|", " | ".join([*columns, "minutes"]), "|")
@@ -171,7 +182,8 @@ def table(path: Path, baseline: str) -> None:
 def gradients(path: Path) -> None:
     """Print the norms of both losses' gradients: a run's end, its training images.
 
-    These are not augmented.
+    These are not augmented. The entropy of a map of one component is 0, and so is its
+    gradient.
     """
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
     import torch
@@ -193,7 +205,8 @@ def gradients(path: Path) -> None:
     source = data.DATASETS[name]
     normalize = data.normalizer(source.mean, source.std, torch.device("cpu"))
     logits, similarity = model.eval()(normalize(pixels))
-    losses = [cross_entropy(logits, labels), spatial_entropy(similarity)]
+    entropies = spatial_entropy(similarity, reduction="none")
+    losses = [cross_entropy(logits, labels), entropies.mean()]
 
     def norms(weights: list, rows: slice) -> list[float]:
         """Of the gradients of both losses, by these rows of the weights."""
@@ -211,6 +224,8 @@ def gradients(path: Path) -> None:
     of_all = norms(list(model.parameters()), slice(None))
     of_scores = norms([qkv.weight, qkv.bias], slice(2 * len(qkv.weight) // 3))
     print(f"cross-entropy {losses[0]:.3f}, spatial entropy {losses[1]:.3f}")
+    share = (entropies == 0).double().mean()
+    print(f"maps of one component: {share:.1%}")
     for where, (first, second) in {
         "all weights": of_all,
         "queries and keys of the last block": of_scores,
@@ -229,11 +244,16 @@ def main() -> None:
         action = actions.add_parser(act.__name__)
         action.add_argument("path", type=Path)
         if act is table:
-            action.add_argument("--baseline", choices=arms(), default="plain")
+            action.add_argument(
+                "--baseline", choices=("plain", "surgery"), default="plain"
+            )
         action.set_defaults(act=act)
     given = vars(parser.parse_args())
     given.pop("action")
-    given.pop("act")(**given)
+    try:
+        given.pop("act")(**given)
+    except (OSError, ValueError) as error:
+        parser.error(" ".join(str(error).split()))
 
 
 if __name__ == "__main__":
