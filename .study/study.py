@@ -25,12 +25,14 @@ FASHION = (
     " --mixup 0 --cutmix 0 --smoothing 0 --drop-path 0 --no-model-ema"
 )
 SMALL = "--train-size 1000 --epochs 100 --warmup-epochs 5 --batch-size 16 --lr 0.0256"
+LONG = "--train-size 1000 --epochs 200 --warmup-epochs 5 --batch-size 32 --lr 0.0256"
 LARGER = "--train-size 5000 --epochs 20 --warmup-epochs 1 --batch-size 32 --lr 0.0128"
 WHOLE = "--epochs 10 --warmup-epochs 1 --batch-size 16 --lr 0.0128"
 
 # Setting -> data set, and the options that its arms share, tuned for the plain ViT.
 SETTINGS = {
     "fashion-1000": ("fashion-mnist", f"{FASHION} {SMALL}"),
+    "fashion-1000-long": ("fashion-mnist", f"{FASHION} {LONG}"),
     "fashion-5000": ("fashion-mnist", f"{FASHION} {LARGER}"),
     "shapes-1000": ("shapes", f"--crop padded {SMALL}"),
     "shapes-10000": ("shapes", f"--crop padded {WHOLE}"),
@@ -52,6 +54,7 @@ def arms(alone: list[float], both: list[float]) -> dict[str, str]:
 
 STUDY = {
     "fashion-1000": arms([0.01, 0.3], [0.003, 0.01, 0.03, 0.1, 0.3]),
+    "fashion-1000-long": arms([], [0.3]),
     "fashion-5000": arms([0.3], [0.01, 0.3]),
     "shapes-1000": arms([0.01, 0.3], [0.01, 0.1, 0.3]),
     "shapes-10000": arms([0.3], [0.3]),
