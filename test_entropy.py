@@ -639,8 +639,8 @@ def test_study(capsys, monkeypatch, tmp_path: Path) -> None:
     assert len(shown) == 1
     assert shown[0] in commands
     written = " ".join(readme.split())
-    for part in (study["FASHION"], study["SMALL"], study["LARGER"], study["WHOLE"]):
-        assert part in written
+    for setting, (dataset, options) in study["SETTINGS"].items():
+        assert f"{setting} --dataset {dataset} {options} " in written
 
     same = {"setting": "fashion-1000", "minutes": 1, "entropy": 0.1, "components": 1}
     same |= {"mass": 30, "foreground": 50}
@@ -668,6 +668,11 @@ def test_study(capsys, monkeypatch, tmp_path: Path) -> None:
 
     study["table"](HERE / ".study" / "results.jsonl", "plain")
     assert f"\n\n{capsys.readouterr().out}\n" in readme
+
+    with pytest.raises(ValueError, match="not a file that collect made"):
+        study["table"](HERE / "README.md", "plain")
+    with pytest.raises(FileNotFoundError, match="no SETTING/ARM-SEED/eval.json"):
+        study["collect"](tmp_path)
 
 
 @needs_project
@@ -2263,6 +2268,40 @@ def test_segmentation_of_other_sets(name, tmp_path, monkeypatch) -> None:
     assert found["images"] == {"pets": 4, "shapes": 8, "fashion-mnist": 10}[name]
     assert 0 < found["jaccard_mean"] < 100
     assert (tmp_path / "a.png").is_file()
+
+
+@needs_project
+def test_study_of_the_objects_of_others(tmp_path, monkeypatch, capsys) -> None:
+    """The Jaccard index less that with the object of the next image."""
+    monkeypatch.setattr(data, "SHAPES_COUNT", {"train": 8, "test": 8})
+    run_folder = tmp_path / "shapes-1000" / "plain-3"
+    run_folder.mkdir(parents=True)
+    write_run(run_folder / "run.pt", dataset="shapes")
+    found = numbers(monkeypatch, run_folder, "--segmentation shapes")
+    (run_folder / "eval.json").write_text(json.dumps(found))
+    capsys.readouterr()
+    study = runpy.run_path(str(HERE / ".study" / "study.py"))
+    study["others"]([run_folder / "run.pt"])
+    record = json.loads(capsys.readouterr().out)
+    assert (record["setting"], record["arm"], record["seed"]) == (
+        "shapes-1000",
+        "plain",
+        3,
+    )
+    masked = data.load_masks("shapes", tmp_path, (24, 40))
+    images, masks = (torch.stack(each) for each in zip(*masked))
+    source = data.DATASETS["shapes"]
+    normalize = data.normalizer(source.mean, source.std, torch.device("cpu"))
+    with torch.inference_mode():
+        _, maps = small_model()(normalize(images))
+    keep = partial(evaluation.mass_mask, mass=0.6)
+    other, _ = slow_segment(maps, masks.roll(1, 0), keep, void_counts=False)
+    own = found["segmentation"]["jaccard_mass"]
+    assert record["mass_other"] == pytest.approx(other, abs=1e-3)
+    assert record["mass_own"] == pytest.approx(own - other, abs=1e-3)
+    own = found["segmentation"]["jaccard_mean"]
+    total = record["foreground_own"] + record["foreground_other"]
+    assert total == pytest.approx(own)
 
 
 @needs_project

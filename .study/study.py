@@ -4,6 +4,7 @@
 python .study/study.py commands             # one line of shell for each run
 python .study/study.py collect runs/study   # what was measured, a line of JSON for each
 python .study/study.py table .study/results.jsonl --baseline surgery
+python .study/study.py others runs/study/*/plain-*/checkpoint.pt
 python .study/study.py gradients runs/study/fashion-1000/plain-0/checkpoint.pt
 
 A run is compared with the one of the plain ViT, or of --baseline, that has its seed and
@@ -18,24 +19,47 @@ import sys
 from pathlib import Path
 
 SEEDS = range(5)
-STUDENT = 2.776  # 97.5 % quantile of Student's t with 4 degrees of freedom
+STUDENT = 2.7765  # 97.5 % quantile of Student's t for five seeds, rounded up
 
 FASHION = (
     "--model vit_mini --img-size 28 --patch-size 4 --crop padded --aa none --reprob 0"
     " --mixup 0 --cutmix 0 --smoothing 0 --drop-path 0 --no-model-ema"
 )
-SMALL = "--train-size 1000 --epochs 100 --warmup-epochs 5 --batch-size 16 --lr 0.0256"
-LONG = "--train-size 1000 --epochs 200 --warmup-epochs 5 --batch-size 32 --lr 0.0256"
-LARGER = "--train-size 5000 --epochs 20 --warmup-epochs 1 --batch-size 32 --lr 0.0128"
-WHOLE = "--epochs 10 --warmup-epochs 1 --batch-size 16 --lr 0.0128"
 
 # Setting -> data set, and the options that its arms share, tuned for the plain ViT.
 SETTINGS = {
-    "fashion-1000": ("fashion-mnist", f"{FASHION} {SMALL}"),
-    "fashion-1000-long": ("fashion-mnist", f"{FASHION} {LONG}"),
-    "fashion-5000": ("fashion-mnist", f"{FASHION} {LARGER}"),
-    "shapes-1000": ("shapes", f"--crop padded {SMALL}"),
-    "shapes-10000": ("shapes", f"--crop padded {WHOLE}"),
+    "fashion-1000": (
+        "fashion-mnist",
+        (
+            f"{FASHION} --train-size 1000 --epochs 100 --warmup-epochs 5 --batch-size 16"
+            " --lr 0.0256"
+        ),
+    ),
+    "fashion-1000-long": (
+        "fashion-mnist",
+        (
+            f"{FASHION} --train-size 1000 --epochs 200 --warmup-epochs 5 --batch-size 32"
+            " --lr 0.0256"
+        ),
+    ),
+    "fashion-5000": (
+        "fashion-mnist",
+        (
+            f"{FASHION} --train-size 5000 --epochs 20 --warmup-epochs 1 --batch-size 32"
+            " --lr 0.0128"
+        ),
+    ),
+    "shapes-1000": (
+        "shapes",
+        (
+            "--crop padded --train-size 1000 --epochs 100 --warmup-epochs 5"
+            " --batch-size 16 --lr 0.0256"
+        ),
+    ),
+    "shapes-10000": (
+        "shapes",
+        "--crop padded --epochs 10 --warmup-epochs 1 --batch-size 16 --lr 0.0128",
+    ),
 }
 
 
@@ -67,6 +91,8 @@ MEASURES = {
     "components": ("components", 2),
     "mass": ("Jaccard, 60 % of the attention", 1),
     "foreground": ("Jaccard, S > mean", 1),
+    "mass_own": ("Jaccard, 60 % of the attention: own - other object", 1),
+    "foreground_own": ("Jaccard, S > mean: own - other object", 1),
 }
 
 
@@ -87,6 +113,12 @@ def commands() -> None:
                 )
 
 
+def name(run: Path) -> dict:
+    """What the folder of a run says: setting, arm and seed."""
+    arm, _, seed = run.name.rpartition("-")
+    return {"setting": run.parent.name, "arm": arm, "seed": int(seed)}
+
+
 def collect(path: Path) -> None:
     """Print a line of JSON for each run in PATH/SETTING/ARM-SEED that was measured."""
     results = sorted(path.glob("*/*/eval.json"))
@@ -96,36 +128,42 @@ def collect(path: Path) -> None:
         lines = (result.parent / "log.jsonl").read_text().splitlines()
         settings, *epochs = map(json.loads, lines)
         last, measured = epochs[-1], json.loads(result.read_text())["segmentation"]
-        arm, _, seed = result.parent.name.rpartition("-")
-        record = {
-            "setting": result.parent.parent.name,
-            "arm": arm,
-            "seed": int(seed),
-            "epochs": last["epoch"],
-            "acc1": last["test_acc1"],
-            "entropy": last["test_entropy"],
-            "components": last["test_components"],
-            "mass": measured["jaccard_mass"],
-            "foreground": measured["jaccard_mean"],
-            "entropy_per_head": last["test_entropy_per_head"],
-            "components_per_head": last["test_components_per_head"],
-            "mass_per_head": measured["jaccard_mass_per_head"],
-            "foreground_per_head": measured["jaccard_mean_per_head"],
-            "test_loss": last["test_loss"],
-            "train_loss": last["train_loss"],
-            "minutes": sum(epoch["seconds"] for epoch in epochs) / 60,
-            "torch": settings["torch"],
-            "torchvision": settings["torchvision"],
-            "python": settings["python"],
-            "hardware": settings["hardware"],
-        }
+        tenth = len(epochs) // 10
+        record = (
+            name(result.parent)
+            | {
+                "epochs": last["epoch"],
+                "acc1": last["test_acc1"],
+                "entropy": last["test_entropy"],
+                "components": last["test_components"],
+                "mass": measured["jaccard_mass"],
+                "foreground": measured["jaccard_mean"],
+                "entropy_per_head": last["test_entropy_per_head"],
+                "components_per_head": last["test_components_per_head"],
+                "mass_per_head": measured["jaccard_mass_per_head"],
+                "foreground_per_head": measured["jaccard_mean_per_head"],
+                "test_loss": last["test_loss"],
+                "train_loss": last["train_loss"],
+                "train_entropy_by_tenths": [  # of the run
+                    statistics.mean(
+                        epoch["train_entropy"] for epoch in epochs[i * tenth :][:tenth]
+                    )
+                    for i in range(10)
+                ],
+                "minutes": sum(epoch["seconds"] for epoch in epochs) / 60,
+                "torch": settings["torch"],
+                "torchvision": settings["torchvision"],
+                "python": settings["python"],
+                "hardware": settings["hardware"],
+            }
+        )
         print(json.dumps(record))
 
 
 def cut(value: float, decimals: int, sign: str = "") -> str:
     """The number without its further decimals: nearer to 0."""
-    scaled = math.trunc(round(value * 10**decimals, 6))
-    return f"{scaled / 10**decimals:{sign}.{decimals}f}"
+    scaled = math.trunc(round(abs(value) * 10**decimals, 6))
+    return f"{math.copysign(scaled, value) / 10**decimals:{sign}.{decimals}f}"
 
 
 def up(value: float, decimals: int) -> str:
@@ -154,16 +192,18 @@ def table(path: Path, baseline: str) -> None:
     """
     found = {}
     try:
-        records = [json.loads(line) for line in path.read_text().splitlines()]
-    except ValueError as error:
+        for line in path.read_text().splitlines():
+            run = json.loads(line)
+            found.setdefault((run["setting"], run["arm"]), {})[run["seed"]] = run
+    except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} is not a file that collect made: {error}") from error
-    for run in records:
-        found.setdefault((run["setting"], run["arm"]), {})[run["seed"]] = run
-    columns = ["arm", "its options", *(column for column, _ in MEASURES.values())]
-    print("|", " | ".join([*columns, "minutes"]), "|")
-    print("|" + " --- |" * (len(columns) + 1))
+    measures = {key: what for key, what in MEASURES.items() if key in run}
+    columns = ["arm", "its options", *(column for column, _ in measures.values())]
+    columns += ["minutes"] * ("minutes" in run)
+    print("|", " | ".join(columns), "|")
+    print("|" + " --- |" * len(columns))
     for setting, chosen in STUDY.items():
-        others = found.get((setting, baseline), {})
+        base = found.get((setting, baseline), {})
         for arm, options in chosen.items():
             runs = found.get((setting, arm), {})
             if not runs.keys() >= set(SEEDS):
@@ -171,22 +211,64 @@ def table(path: Path, baseline: str) -> None:
                 print(f"left out: {setting}/{arm}, {missing}", file=sys.stderr)
                 continue
             cells = [f"`{setting}/{arm}`", f"`{options}`"]
-            for measure, (_, decimals) in MEASURES.items():
+            for measure, (_, decimals) in measures.items():
                 cells.append(spread([runs[seed][measure] for seed in SEEDS], decimals))
-                if arm != baseline and others.keys() >= set(SEEDS):
+                if arm != baseline and base.keys() >= set(SEEDS):
                     pairs = [
-                        runs[seed][measure] - others[seed][measure] for seed in SEEDS
+                        runs[seed][measure] - base[seed][measure] for seed in SEEDS
                     ]
                     cells[-1] += f"<br>{interval(pairs, decimals)}"
-            minutes = statistics.median(runs[seed]["minutes"] for seed in SEEDS)
-            print("|", " | ".join([*cells, up(minutes, 1)]), "|")
+            if "minutes" in run:
+                middle = statistics.median(runs[seed]["minutes"] for seed in SEEDS)
+                cells.append(up(middle, 1))
+            print("|", " | ".join(cells), "|")
+
+
+def others(paths: list[Path]) -> None:
+    """Print how much of the Jaccard indices belongs to the very object of an image.
+
+    Attention that stays in the middle of all images fits objects that lie there too. So
+    the index with the object of the next test image is taken off: a line of JSON for
+    each checkpoint, whose folder has an eval.json, for `table`.
+    """
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    import torch
+
+    import data
+    from eval import PROTOCOLS, load_run, segment
+
+    device = torch.device("cpu")
+    for path in paths:
+        model, saved = load_run(path)
+        settings = saved["settings"]
+        dataset = settings["dataset"]
+        masked = data.load_masks(dataset, settings["data_dir"], model.img_size)
+        whole = {"train": False, "workers": 0, "pin_memory": False}
+        loader = data.make_loader(masked, 500, **whole)
+        exchanged = ((images, masks.roll(1, 0)) for images, masks in loader)
+        source = data.DATASETS[dataset]
+        normalize = data.normalizer(source.mean, source.std, device)
+        result = segment(
+            model,
+            exchanged,
+            normalize,
+            device,
+            False,
+            PROTOCOLS["dino"],
+            masked.objects,
+        )
+        own = json.loads((path.parent / "eval.json").read_text())["segmentation"]
+        record = name(path.parent)
+        for key, of in {"mass": "jaccard_mass", "foreground": "jaccard_mean"}.items():
+            record |= {f"{key}_own": own[of] - result[of], f"{key}_other": result[of]}
+        print(json.dumps(record), flush=True)
 
 
 def gradients(path: Path) -> None:
     """Print the norms of both losses' gradients: a run's end, its training images.
 
-    These are not augmented. The entropy of a map of one component is 0, and so is its
-    gradient.
+    These are not augmented, and pass through the model at once, which takes memory. The
+    entropy of a map of one component is 0, and so is its gradient.
     """
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
     import torch
@@ -247,10 +329,12 @@ def main() -> None:
         action = actions.add_parser(act.__name__)
         action.add_argument("path", type=Path)
         if act is table:
-            action.add_argument(
-                "--baseline", choices=("plain", "surgery"), default="plain"
-            )
+            choices = ("plain", "surgery", "sar-0.01")
+            action.add_argument("--baseline", choices=choices, default="plain")
         action.set_defaults(act=act)
+    action = actions.add_parser("others")
+    action.add_argument("paths", type=Path, nargs="+")
+    action.set_defaults(act=others)
     given = vars(parser.parse_args())
     given.pop("action")
     try:
