@@ -666,8 +666,9 @@ def test_study(capsys, monkeypatch, tmp_path: Path) -> None:
     study["table"](tmp_path / "runs.jsonl", "surgery")
     assert "<br>" not in capsys.readouterr().out
 
-    study["table"](HERE / ".study" / "results.jsonl", "plain")
-    assert f"\n\n{capsys.readouterr().out}\n" in readme
+    for file in ("results.jsonl", "others.jsonl"):
+        study["table"](HERE / ".study" / file, "plain")
+        assert f"\n\n{capsys.readouterr().out}\n" in readme
 
     with pytest.raises(ValueError, match="not a file that collect made"):
         study["table"](HERE / "README.md", "plain")
