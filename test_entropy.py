@@ -674,6 +674,14 @@ def test_study(capsys, monkeypatch, tmp_path: Path) -> None:
         study["table"](HERE / "README.md", "plain")
     with pytest.raises(FileNotFoundError, match="no SETTING/ARM-SEED/eval.json"):
         study["collect"](tmp_path)
+    (tmp_path / "empty.jsonl").touch()
+    with pytest.raises(ValueError, match="is empty"):
+        study["table"](tmp_path / "empty.jsonl", "plain")
+    with pytest.raises(ValueError, match="not named SETTING/ARM-SEED"):
+        study["others"]([tmp_path / "checkpoint.pt"])
+    (tmp_path / "plain-1").mkdir()
+    with pytest.raises(FileNotFoundError, match="no .*plain-1/eval.json"):
+        study["others"]([tmp_path / "plain-1" / "checkpoint.pt"])
 
 
 @needs_project

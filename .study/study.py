@@ -16,6 +16,7 @@ import json
 import math
 import statistics
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 SEEDS = range(5)
@@ -115,8 +116,10 @@ def commands() -> None:
 
 def name(run: Path) -> dict:
     """What the folder of a run says: setting, arm and seed."""
-    arm, _, seed = run.name.rpartition("-")
-    return {"setting": run.parent.name, "arm": arm, "seed": int(seed)}
+    arm, _, seed = run.absolute().name.rpartition("-")
+    if not seed.isdecimal():
+        raise ValueError(f"{run} is not named SETTING/ARM-SEED")
+    return {"setting": run.absolute().parent.name, "arm": arm, "seed": int(seed)}
 
 
 def collect(path: Path) -> None:
@@ -128,35 +131,31 @@ def collect(path: Path) -> None:
         lines = (result.parent / "log.jsonl").read_text().splitlines()
         settings, *epochs = map(json.loads, lines)
         last, measured = epochs[-1], json.loads(result.read_text())["segmentation"]
-        tenth = len(epochs) // 10
-        record = (
-            name(result.parent)
-            | {
-                "epochs": last["epoch"],
-                "acc1": last["test_acc1"],
-                "entropy": last["test_entropy"],
-                "components": last["test_components"],
-                "mass": measured["jaccard_mass"],
-                "foreground": measured["jaccard_mean"],
-                "entropy_per_head": last["test_entropy_per_head"],
-                "components_per_head": last["test_components_per_head"],
-                "mass_per_head": measured["jaccard_mass_per_head"],
-                "foreground_per_head": measured["jaccard_mean_per_head"],
-                "test_loss": last["test_loss"],
-                "train_loss": last["train_loss"],
-                "train_entropy_by_tenths": [  # of the run
-                    statistics.mean(
-                        epoch["train_entropy"] for epoch in epochs[i * tenth :][:tenth]
-                    )
-                    for i in range(10)
-                ],
-                "minutes": sum(epoch["seconds"] for epoch in epochs) / 60,
-                "torch": settings["torch"],
-                "torchvision": settings["torchvision"],
-                "python": settings["python"],
-                "hardware": settings["hardware"],
-            }
-        )
+        start = [len(epochs) * i // 10 for i in range(11)]  # of each tenth of the run
+        record = name(result.parent) | {
+            "epochs": last["epoch"],
+            "acc1": last["test_acc1"],
+            "entropy": last["test_entropy"],
+            "components": last["test_components"],
+            "mass": measured["jaccard_mass"],
+            "foreground": measured["jaccard_mean"],
+            "entropy_per_head": last["test_entropy_per_head"],
+            "components_per_head": last["test_components_per_head"],
+            "mass_per_head": measured["jaccard_mass_per_head"],
+            "foreground_per_head": measured["jaccard_mean_per_head"],
+            "test_loss": last["test_loss"],
+            "train_loss": last["train_loss"],
+            "train_entropy_by_tenths": [
+                statistics.mean(epoch["train_entropy"] for epoch in epochs[first:end])
+                for first, end in pairwise(start)
+                if end > first
+            ],
+            "minutes": sum(epoch["seconds"] for epoch in epochs) / 60,
+            "torch": settings["torch"],
+            "torchvision": settings["torchvision"],
+            "python": settings["python"],
+            "hardware": settings["hardware"],
+        }
         print(json.dumps(record))
 
 
@@ -185,7 +184,7 @@ def interval(values: list[float], decimals: int) -> str:
 
 
 def table(path: Path, baseline: str) -> None:
-    """Print the table of a file that `collect` made, in Markdown.
+    """Print the table of a file that `collect` or `others` made, in Markdown.
 
     A cell has mean and standard deviation, and below them the difference to the baseline
     with half its 95 % interval. An arm without all its seeds is named on standard error.
@@ -197,6 +196,8 @@ def table(path: Path, baseline: str) -> None:
             found.setdefault((run["setting"], run["arm"]), {})[run["seed"]] = run
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} is not a file that collect made: {error}") from error
+    if not found:
+        raise ValueError(f"{path} is empty")
     measures = {key: what for key, what in MEASURES.items() if key in run}
     columns = ["arm", "its options", *(column for column, _ in measures.values())]
     columns += ["minutes"] * ("minutes" in run)
@@ -239,6 +240,9 @@ def others(paths: list[Path]) -> None:
 
     device = torch.device("cpu")
     for path in paths:
+        record, measured = name(path.parent), path.parent / "eval.json"
+        if not measured.is_file():
+            raise FileNotFoundError(f"no {measured}: eval.py --segmentation makes it")
         model, saved = load_run(path)
         settings = saved["settings"]
         dataset = settings["dataset"]
@@ -257,8 +261,7 @@ def others(paths: list[Path]) -> None:
             PROTOCOLS["dino"],
             masked.objects,
         )
-        own = json.loads((path.parent / "eval.json").read_text())["segmentation"]
-        record = name(path.parent)
+        own = json.loads(measured.read_text())["segmentation"]
         for key, of in {"mass": "jaccard_mass", "foreground": "jaccard_mean"}.items():
             record |= {f"{key}_own": own[of] - result[of], f"{key}_other": result[of]}
         print(json.dumps(record), flush=True)
@@ -308,15 +311,15 @@ def gradients(path: Path) -> None:
     qkv = model.blocks[-1].attn.qkv
     of_all = norms(list(model.parameters()), slice(None))
     of_scores = norms([qkv.weight, qkv.bias], slice(2 * len(qkv.weight) // 3))
-    print(f"cross-entropy {losses[0]:.3f}, spatial entropy {losses[1]:.3f}")
+    print(f"cross-entropy {losses[0]:.3f}, spatial entropy H {losses[1]:.3f}")
     share = (entropies == 0).double().mean()
     print(f"maps of one component: {share:.1%}")
     for where, (first, second) in {
         "all weights": of_all,
         "queries and keys of the last block": of_scores,
     }.items():
-        print(f"gradients, {where}: {first:.4f}, {second:.4f}", end="")
-        print(f", ratio at lambda 0.01: {0.01 * second / first:.5f}")
+        print(f"gradient by {where}: cross-entropy {first:.4f}, H {second:.4f}", end="")
+        print(f", 0.01 H to cross-entropy {0.01 * second / first:.5f}")
 
 
 def main() -> None:
@@ -324,17 +327,23 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     actions = parser.add_subparsers(dest="action", required=True)
-    actions.add_parser("commands").set_defaults(act=commands)
-    for act in (collect, table, gradients):
-        action = actions.add_parser(act.__name__)
-        action.add_argument("path", type=Path)
+    path_of = {
+        collect: "folder of the runs, as runs/study",
+        table: "what `collect` or `others` printed",
+        gradients: "checkpoint.pt of a run",
+        others: "checkpoint.pt of a run, next to its eval.json",
+    }
+    for act in (commands, collect, table, others, gradients):
+        what = act.__doc__.splitlines()[0]
+        action = actions.add_parser(act.__name__, help=what, description=what)
+        if act is others:
+            action.add_argument("paths", type=Path, nargs="+", help=path_of[act])
+        elif act is not commands:
+            action.add_argument("path", type=Path, help=path_of[act])
         if act is table:
             choices = ("plain", "surgery", "sar-0.01")
             action.add_argument("--baseline", choices=choices, default="plain")
         action.set_defaults(act=act)
-    action = actions.add_parser("others")
-    action.add_argument("paths", type=Path, nargs="+")
-    action.set_defaults(act=others)
     given = vars(parser.parse_args())
     given.pop("action")
     try:
