@@ -19,6 +19,8 @@ import sys
 from itertools import pairwise
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # data, entropy and eval
+
 SEEDS = range(5)
 STUDENT = 2.7765  # 97.5 % quantile of Student's t for five seeds, rounded up
 
@@ -232,7 +234,6 @@ def others(paths: list[Path]) -> None:
     the index with the object of the next test image is taken off: a line of JSON for
     each checkpoint, whose folder has an eval.json, for `table`.
     """
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
     import torch
 
     import data
@@ -273,7 +274,6 @@ def gradients(path: Path) -> None:
     These are not augmented, and pass through the model at once, which takes memory. The
     entropy of a map of one component is 0, and so is its gradient.
     """
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
     import torch
     from torch.nn.functional import cross_entropy
 
@@ -283,14 +283,14 @@ def gradients(path: Path) -> None:
 
     model, saved = load_run(path)
     settings = saved["settings"]
-    name = settings["dataset"]
+    dataset = settings["dataset"]
     transform = data.test_transform(settings["img_size"], crop=settings["crop"])
-    images = data.load_dataset(name, settings["data_dir"], "train", transform)
+    images = data.load_dataset(dataset, settings["data_dir"], "train", transform)
     if settings["train_size"]:
         images = data.balanced_subset(images, settings["train_size"], settings["seed"])
     whole = {"train": False, "workers": 0, "pin_memory": False}
     pixels, labels = next(iter(data.make_loader(images, len(images), **whole)))
-    source = data.DATASETS[name]
+    source = data.DATASETS[dataset]
     normalize = data.normalizer(source.mean, source.std, torch.device("cpu"))
     logits, similarity = model.eval()(normalize(pixels))
     entropies = spatial_entropy(similarity, reduction="none")
