@@ -626,10 +626,8 @@ def test_study(capsys, monkeypatch, tmp_path: Path) -> None:
     commands = capsys.readouterr().out
     for line in commands.splitlines():
         parts = re.split(r"\{ python | \$\(.*\) && python |; \}", line)
-        monkeypatch.setattr(sys, "argv", parts[1].split())
-        settings = train.parse_arguments()[1]
-        monkeypatch.setattr(sys, "argv", parts[2].split())
-        asked = evaluation.make_parser().parse_args()
+        settings = train.parse_arguments(parts[1].split()[1:])[1]
+        asked = evaluation.make_parser().parse_args(parts[2].split()[1:])
         assert str(asked.checkpoint) == f"{settings.output_dir}/checkpoint.pt"
         assert asked.json.startswith(settings.output_dir)
         assert settings.output_dir.endswith(f"-{settings.seed}")
@@ -674,6 +672,19 @@ def test_study(capsys, monkeypatch, tmp_path: Path) -> None:
         study["table"](HERE / "README.md", "plain")
     with pytest.raises(FileNotFoundError, match="no SETTING/ARM-SEED/eval.json"):
         study["collect"](tmp_path)
+    for run in ("shapes-1000/sar-0.3-4", "shapes-1000/mine-4"):
+        (tmp_path / run).mkdir(parents=True)
+        (tmp_path / run / "eval.json").write_text('{"segmentation": {}}')
+        (tmp_path / run / "log.jsonl").write_text('{}\n{"epoch": 1}')
+    options = study["train_options"]("shapes-1000", "sar-0.3", 4).split()
+    settings = train.parse_arguments(options)[1]
+    train.resolve(settings)
+    log = json.dumps(train.settings(settings) | {"lr": 0.1}) + '\n{"epoch": 1}'
+    (tmp_path / "shapes-1000" / "sar-0.3-4" / "log.jsonl").write_text(log)
+    capsys.readouterr()
+    with pytest.raises(ValueError, match=r"sar-0.3-4 is another run: lr 0.1, not 0.0"):
+        study["collect"](tmp_path)
+    assert "mine-4, not of the study" in capsys.readouterr().err
     (tmp_path / "empty.jsonl").touch()
     with pytest.raises(ValueError, match="is empty"):
         study["table"](tmp_path / "empty.jsonl", "plain")

@@ -29,7 +29,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import NoReturn
@@ -326,13 +326,19 @@ def make_parser(recipe: dict) -> Parser:
     return parser
 
 
-def parse_arguments() -> tuple[Parser, argparse.Namespace]:
-    """Parse twice: the data set decides the defaults of all else."""
+def parse_arguments(
+    arguments: Sequence[str] | None = None,
+) -> tuple[Parser, argparse.Namespace]:
+    """Parse twice: the data set decides the defaults of all else.
+
+    Args:
+        arguments: the command line's by default.
+    """
     first = Parser(None, add_help=False)
     first.add_argument("--dataset", default="shapes")
     first.add_argument("--finetune")
     first.add_argument("--benchmark", action="store_true")
-    known, _ = first.parse_known_args()
+    known, _ = first.parse_known_args(arguments)
     # A benchmark is of the paper's model; an unknown data set is for the full parser to
     # refuse.
     recipe = RECIPES.get(known.dataset, RECIPE)
@@ -342,7 +348,7 @@ def parse_arguments() -> tuple[Parser, argparse.Namespace]:
         warmup = min(recipe["warmup_epochs"], FINETUNE_WARMUP_EPOCHS)
         recipe = recipe | {"warmup_epochs": warmup}
     parser = make_parser(recipe)
-    return parser, parser.parse_args()
+    return parser, parser.parse_args(arguments)
 
 
 # ------------------------------------------------------------------------------- one run

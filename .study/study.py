@@ -26,7 +26,7 @@ STUDENT = 2.7765  # 97.5 % quantile of Student's t for five seeds, rounded up
 
 FASHION = (
     "--model vit_mini --img-size 28 --patch-size 4 --crop padded --aa none --reprob 0"
-    " --mixup 0 --cutmix 0 --smoothing 0 --drop-path 0 --no-model-ema"
+    " --smoothing 0 --drop-path 0 --no-model-ema"
 )
 
 # Setting -> data set, and the options that its arms share, tuned for the plain ViT.
@@ -34,22 +34,29 @@ SETTINGS = {
     "fashion-1000": (
         "fashion-mnist",
         (
-            f"{FASHION} --train-size 1000 --epochs 100 --warmup-epochs 5 --batch-size 16"
-            " --lr 0.0256"
+            f"{FASHION} --mixup 0 --cutmix 0 --train-size 1000 --epochs 100"
+            " --warmup-epochs 5 --batch-size 16 --lr 0.0256"
         ),
     ),
     "fashion-1000-long": (
         "fashion-mnist",
         (
-            f"{FASHION} --train-size 1000 --epochs 200 --warmup-epochs 5 --batch-size 32"
-            " --lr 0.0256"
+            f"{FASHION} --mixup 0 --cutmix 0 --train-size 1000 --epochs 200"
+            " --warmup-epochs 5 --batch-size 32 --lr 0.0256"
+        ),
+    ),
+    "fashion-1000-longer": (
+        "fashion-mnist",
+        (
+            f"{FASHION} --mixup 0.8 --cutmix 1 --train-size 1000 --epochs 400"
+            " --warmup-epochs 5 --batch-size 32 --lr 0.0256"
         ),
     ),
     "fashion-5000": (
         "fashion-mnist",
         (
-            f"{FASHION} --train-size 5000 --epochs 20 --warmup-epochs 1 --batch-size 32"
-            " --lr 0.0128"
+            f"{FASHION} --mixup 0 --cutmix 0 --train-size 5000 --epochs 20"
+            " --warmup-epochs 1 --batch-size 32 --lr 0.0128"
         ),
     ),
     "shapes-1000": (
@@ -82,6 +89,7 @@ def arms(alone: list[float], both: list[float]) -> dict[str, str]:
 STUDY = {
     "fashion-1000": arms([0.01, 0.3], [0.003, 0.01, 0.03, 0.1, 0.3]),
     "fashion-1000-long": arms([], [0.3]),
+    "fashion-1000-longer": arms([0.3], [0.3]),
     "fashion-5000": arms([0.3], [0.01, 0.3]),
     "shapes-1000": arms([0.01, 0.3], [0.01, 0.1, 0.3]),
     "shapes-10000": arms([0.3], [0.3]),
@@ -99,17 +107,26 @@ MEASURES = {
 }
 
 
+def train_options(setting: str, arm: str, seed: int) -> str:
+    """Those of a run, but for where it is kept."""
+    dataset, shared = SETTINGS[setting]
+    return (
+        f"--dataset {dataset} {shared} {STUDY[setting][arm]}"
+        f" --val-interval 1000 --device cpu --seed {seed}"
+    )
+
+
 def commands() -> None:
     """Print a line for each run: train, or go on, and measure; nothing if that is done."""
     for setting, chosen in STUDY.items():
-        dataset, shared = SETTINGS[setting]
+        dataset, _ = SETTINGS[setting]
         for seed in SEEDS:
-            for arm, options in chosen.items():
+            for arm in chosen:
                 run = f"runs/study/{setting}/{arm}-{seed}"
                 print(
                     f"[ -e {run}/eval.json ] || {{",
-                    f"python train.py --dataset {dataset} {shared} {options}",
-                    f"--val-interval 1000 --device cpu --seed {seed} --output-dir {run}",
+                    f"python train.py {train_options(setting, arm, seed)}",
+                    f"--output-dir {run}",
                     f"$([ -e {run}/checkpoint.pt ] && echo --resume) &&",
                     f"python eval.py --checkpoint {run}/checkpoint.pt --device cpu",
                     f"--segmentation {dataset} --json {run}/eval.json; }}",
@@ -125,7 +142,12 @@ def name(run: Path) -> dict:
 
 
 def collect(path: Path) -> None:
-    """Print a line of JSON for each run in PATH/SETTING/ARM-SEED that was measured."""
+    """Print a line of JSON for each run in PATH/SETTING/ARM-SEED that was measured.
+
+    A run with other settings than those it has above is refused.
+    """
+    import train
+
     results = sorted(path.glob("*/*/eval.json"))
     if not results:
         raise FileNotFoundError(f"no SETTING/ARM-SEED/eval.json in {path}")
@@ -134,7 +156,22 @@ def collect(path: Path) -> None:
         settings, *epochs = map(json.loads, lines)
         last, measured = epochs[-1], json.loads(result.read_text())["segmentation"]
         start = [len(epochs) * i // 10 for i in range(11)]  # of each tenth of the run
-        record = name(result.parent) | {
+        record = name(result.parent)
+        try:
+            options = train_options(**record)
+        except KeyError:
+            print(f"left out: {result.parent}, not of the study", file=sys.stderr)
+            continue
+        _, args = train.parse_arguments(options.split())
+        train.resolve(args)
+        differ = [
+            f"{key} {settings.get(key)}, not {value}"
+            for key, value in train.settings(args).items()
+            if key not in train.MAY_DIFFER and settings.get(key) != value
+        ]
+        if differ:
+            raise ValueError(f"{result.parent} is another run: {', '.join(differ)}")
+        record |= {
             "epochs": last["epoch"],
             "acc1": last["test_acc1"],
             "entropy": last["test_entropy"],
@@ -193,16 +230,17 @@ def table(path: Path, baseline: str) -> None:
     """
     found = {}
     try:
-        for line in path.read_text().splitlines():
-            run = json.loads(line)
+        every = [json.loads(line) for line in path.read_text().splitlines()]
+        for run in every:
             found.setdefault((run["setting"], run["arm"]), {})[run["seed"]] = run
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} is not a file that collect made: {error}") from error
     if not found:
         raise ValueError(f"{path} is empty")
-    measures = {key: what for key, what in MEASURES.items() if key in run}
+    common = set.intersection(*map(set, every))
+    measures = {key: what for key, what in MEASURES.items() if key in common}
     columns = ["arm", "its options", *(column for column, _ in measures.values())]
-    columns += ["minutes"] * ("minutes" in run)
+    columns += ["minutes"] * ("minutes" in common)
     print("|", " | ".join(columns), "|")
     print("|" + " --- |" * len(columns))
     for setting, chosen in STUDY.items():
@@ -221,7 +259,7 @@ def table(path: Path, baseline: str) -> None:
                         runs[seed][measure] - base[seed][measure] for seed in SEEDS
                     ]
                     cells[-1] += f"<br>{interval(pairs, decimals)}"
-            if "minutes" in run:
+            if "minutes" in common:
                 middle = statistics.median(runs[seed]["minutes"] for seed in SEEDS)
                 cells.append(up(middle, 1))
             print("|", " | ".join(cells), "|")
