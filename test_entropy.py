@@ -646,6 +646,7 @@ def test_study(capsys, monkeypatch, tmp_path: Path) -> None:
         "plain": (80.0, 80.125, 80.25, 80.125, 80.125),
         "sar-0.01": (81.0, 81.215, 81.4, 81.205, 81.205),
         "surgery": (81.0, 81.0, 81.0, 81.0),
+        "sar-0.3": (80.0, 80.125, 80.25, 80.125, 80.125),
     }
     runs = [
         json.dumps(same | {"arm": arm, "seed": seed, "acc1": value})
@@ -659,14 +660,21 @@ def test_study(capsys, monkeypatch, tmp_path: Path) -> None:
     assert [row[2] for row in rows[2:]] == [
         "80.12 ± 0.09",
         "81.20 ± 0.15<br>+1.08 ± 0.07",
+        "80.12 ± 0.09<br>+0.00 ± 0.00",
     ]
     assert "left out: fashion-1000/surgery, 4 of 5 seeds" in printed.err
+    study["differences"](tmp_path / "runs.jsonl")
+    rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines()]
+    assert rows[4][:3] == ["| `sar-0.3` - `plain`", "+0.00 ± 0.00", ""]
+    assert rows[5][:3] == ["| `sar-0.3` - `surgery`", "", ""]
     study["table"](tmp_path / "runs.jsonl", "surgery")
     assert "<br>" not in capsys.readouterr().out
 
     for file in ("results.jsonl", "others.jsonl"):
         study["table"](HERE / ".study" / file, "plain")
         assert f"\n\n{capsys.readouterr().out}\n" in readme
+    study["differences"](HERE / ".study" / "results.jsonl")
+    assert f"\n\n{capsys.readouterr().out}" in readme
 
     with pytest.raises(ValueError, match="not a file that collect made"):
         study["table"](HERE / "README.md", "plain")

@@ -4,6 +4,7 @@
 python .study/study.py commands             # one line of shell for each run
 python .study/study.py collect runs/study   # what was measured, a line of JSON for each
 python .study/study.py table .study/results.jsonl --baseline surgery
+python .study/study.py differences .study/results.jsonl
 python .study/study.py others runs/study/*/plain-*/checkpoint.pt
 python .study/study.py gradients runs/study/fashion-1000/plain-0/checkpoint.pt
 
@@ -116,6 +117,16 @@ def train_options(setting: str, arm: str, seed: int) -> str:
     )
 
 
+# Arms whose differences are printed: the first less the second.
+PAIRS = [
+    ("surgery", "plain"),
+    ("entropy-0.3", "plain"),
+    ("sar-0.3", "plain"),
+    ("sar-0.3", "surgery"),
+    ("sar-0.01", "surgery"),
+]
+
+
 def commands() -> None:
     """Print a line for each run: train, or go on, and measure; nothing if that is done."""
     for setting, chosen in STUDY.items():
@@ -222,12 +233,8 @@ def interval(values: list[float], decimals: int) -> str:
     return f"{cut(statistics.mean(values), decimals, '+')} ± {up(width, decimals)}"
 
 
-def table(path: Path, baseline: str) -> None:
-    """Print the table of a file that `collect` or `others` made, in Markdown.
-
-    A cell has mean and standard deviation, and below them the difference to the baseline
-    with half its 95 % interval. An arm without all its seeds is named on standard error.
-    """
+def read(path: Path) -> tuple[dict[tuple[str, str], dict[int, dict]], set[str]]:
+    """(setting, arm) -> seed -> what was measured; and the names that all runs have."""
     found = {}
     try:
         every = [json.loads(line) for line in path.read_text().splitlines()]
@@ -237,7 +244,24 @@ def table(path: Path, baseline: str) -> None:
         raise ValueError(f"{path} is not a file that collect made: {error}") from error
     if not found:
         raise ValueError(f"{path} is empty")
-    common = set.intersection(*map(set, every))
+    return found, set.intersection(*map(set, every))
+
+
+def difference(runs: dict, base: dict, measure: str) -> str | None:
+    """Paired by seed; None if one of them is not there for every seed."""
+    if not runs.keys() & base.keys() >= set(SEEDS):
+        return None
+    pairs = [runs[seed][measure] - base[seed][measure] for seed in SEEDS]
+    return interval(pairs, MEASURES[measure][1])
+
+
+def table(path: Path, baseline: str) -> None:
+    """Print the table of a file that `collect` or `others` made, in Markdown.
+
+    A cell has mean and standard deviation, and below them the difference to the baseline
+    with half its 95 % interval. An arm without all its seeds is named on standard error.
+    """
+    found, common = read(path)
     measures = {key: what for key, what in MEASURES.items() if key in common}
     columns = ["arm", "its options", *(column for column, _ in measures.values())]
     columns += ["minutes"] * ("minutes" in common)
@@ -254,15 +278,30 @@ def table(path: Path, baseline: str) -> None:
             cells = [f"`{setting}/{arm}`", f"`{options}`"]
             for measure, (_, decimals) in measures.items():
                 cells.append(spread([runs[seed][measure] for seed in SEEDS], decimals))
-                if arm != baseline and base.keys() >= set(SEEDS):
-                    pairs = [
-                        runs[seed][measure] - base[seed][measure] for seed in SEEDS
-                    ]
-                    cells[-1] += f"<br>{interval(pairs, decimals)}"
+                apart = difference(runs, base, measure)
+                if arm != baseline and apart:
+                    cells[-1] += f"<br>{apart}"
             if "minutes" in common:
                 middle = statistics.median(runs[seed]["minutes"] for seed in SEEDS)
                 cells.append(up(middle, 1))
             print("|", " | ".join(cells), "|")
+
+
+def differences(path: Path) -> None:
+    """Print tables of what is between two arms: accuracy and Jaccard indices."""
+    found, common = read(path)
+    for measure in ("acc1", "mass", "foreground"):
+        if measure not in common:
+            raise ValueError(f"{path} is not a file that collect made: no {measure}")
+        print("|", " | ".join([MEASURES[measure][0], *(f"`{s}`" for s in STUDY)]), "|")
+        print("|" + " --- |" * (1 + len(STUDY)))
+        for arm, base in PAIRS:
+            cells = [f"`{arm}` - `{base}`"]
+            for setting in STUDY:
+                two = [found.get((setting, each), {}) for each in (arm, base)]
+                cells.append(difference(*two, measure) or "")
+            print("|", " | ".join(cells), "|")
+        print()
 
 
 def others(paths: list[Path]) -> None:
@@ -368,10 +407,11 @@ def main() -> None:
     path_of = {
         collect: "folder of the runs, as runs/study",
         table: "what `collect` or `others` printed",
+        differences: "what `collect` printed",
         gradients: "checkpoint.pt of a run",
         others: "checkpoint.pt of a run, next to its eval.json",
     }
-    for act in (commands, collect, table, others, gradients):
+    for act in (commands, collect, table, differences, others, gradients):
         what = act.__doc__.splitlines()[0]
         action = actions.add_parser(act.__name__, help=what, description=what)
         if act is others:
