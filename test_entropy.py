@@ -619,7 +619,7 @@ def test_recipes_of_the_readme(package: str, tmp_path: Path) -> None:
 
 
 @needs_project
-def test_study(capsys, monkeypatch, tmp_path: Path) -> None:
+def test_study(capsys, tmp_path: Path) -> None:
     """Its commands are understood; the README has one of them, and their results."""
     study = runpy.run_path(str(HERE / ".study" / "study.py"))
     study["commands"]()
@@ -680,19 +680,12 @@ def test_study(capsys, monkeypatch, tmp_path: Path) -> None:
         study["table"](HERE / "README.md", "plain")
     with pytest.raises(FileNotFoundError, match="no SETTING/ARM-SEED/eval.json"):
         study["collect"](tmp_path)
-    for run in ("shapes-1000/sar-0.3-4", "shapes-1000/mine-4"):
-        (tmp_path / run).mkdir(parents=True)
-        (tmp_path / run / "eval.json").write_text('{"segmentation": {}}')
-        (tmp_path / run / "log.jsonl").write_text('{}\n{"epoch": 1}')
-    options = study["train_options"]("shapes-1000", "sar-0.3", 4).split()
-    settings = train.parse_arguments(options)[1]
-    train.resolve(settings)
-    log = json.dumps(train.settings(settings) | {"lr": 0.1}) + '\n{"epoch": 1}'
-    (tmp_path / "shapes-1000" / "sar-0.3-4" / "log.jsonl").write_text(log)
-    capsys.readouterr()
-    with pytest.raises(ValueError, match=r"sar-0.3-4 is another run: lr 0.1, not 0.0"):
-        study["collect"](tmp_path)
-    assert "mine-4, not of the study" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="no acc1"):
+        study["differences"](HERE / ".study" / "others.jsonl")
+    fewer = {"setting": "fashion-1000", "arm": "plain", "seed": 1}
+    (tmp_path / "mixed.jsonl").write_text(f"{runs[0]}\n{json.dumps(fewer)}")
+    with pytest.raises(ValueError, match="its lines have different names"):
+        study["table"](tmp_path / "mixed.jsonl", "plain")
     (tmp_path / "empty.jsonl").touch()
     with pytest.raises(ValueError, match="is empty"):
         study["table"](tmp_path / "empty.jsonl", "plain")
@@ -701,6 +694,55 @@ def test_study(capsys, monkeypatch, tmp_path: Path) -> None:
     (tmp_path / "plain-1").mkdir()
     with pytest.raises(FileNotFoundError, match="no .*plain-1/eval.json"):
         study["others"]([tmp_path / "plain-1" / "checkpoint.pt"])
+
+
+@needs_project
+def test_study_collects_its_own_runs(capsys, tmp_path: Path) -> None:
+    """Only complete ones, made with the settings that the study says."""
+    study = runpy.run_path(str(HERE / ".study" / "study.py"))
+    options = study["train_options"]("shapes-1000", "sar-0.3", 4).split()
+    args = train.parse_arguments(options)[1]
+    train.resolve(args)
+    versions = dict.fromkeys(("torch", "torchvision", "python", "hardware"), "any")
+    header = train.settings(args) | versions
+    epoch = {"seconds": 6, "train_loss": 1, "test_loss": 1}
+    epoch |= dict.fromkeys(("test_acc1", "test_entropy", "test_components"), 90)
+    epoch |= {f"test_{key}_per_head": [90] for key in ("entropy", "components")}
+    epochs = [epoch | {"epoch": n, "train_entropy": n} for n in range(1, 101)]
+    of_two_rules = ("jaccard_mass", "jaccard_mean")
+    measured = {key + end: 30 for key in of_two_rules for end in ("", "_per_head")}
+
+    def collect(header: dict, epochs: list, measured: dict) -> dict:
+        folder = tmp_path / "shapes-1000" / "sar-0.3-4"
+        folder.mkdir(parents=True, exist_ok=True)
+        lines = "\n".join(map(json.dumps, [header, *epochs]))
+        (folder / "log.jsonl").write_text(lines)
+        (folder / "eval.json").write_text(json.dumps(measured))
+        study["collect"](tmp_path)
+        return json.loads(capsys.readouterr().out)
+
+    found = collect(header | {"data_dir": "other"}, epochs, {"segmentation": measured})
+    assert (found["setting"], found["arm"], found["seed"]) == (
+        "shapes-1000",
+        "sar-0.3",
+        4,
+    )
+    assert (found["epochs"], found["acc1"], found["mass"]) == (100, 90, 30)
+    assert found["minutes"] == pytest.approx(10)
+    assert found["train_entropy_by_tenths"] == [10 * n + 5.5 for n in range(10)]
+
+    with pytest.raises(ValueError, match="not the study's settings: lr 0.1, not 0.0"):
+        collect(header | {"lr": 0.1}, epochs, {"segmentation": measured})
+    with pytest.raises(ValueError, match="ended after 99 epochs"):
+        collect(header, epochs[:-1], {"segmentation": measured})
+    with pytest.raises(ValueError, match="has no 'segmentation'"):
+        collect(header, epochs, {})
+    for folder in ("shapes-1000/mine-4", "shapes-1000/mine", "mine/plain-4"):
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / "eval.json").touch()
+    collect(header, epochs, {"segmentation": measured})
+    study["collect"](tmp_path)
+    assert capsys.readouterr().err.count(", not of the study\n") == 3
 
 
 @needs_project

@@ -20,7 +20,9 @@ import sys
 from itertools import pairwise
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # data, entropy and eval
+sys.path.insert(
+    0, str(Path(__file__).resolve().parents[1])
+)  # data, entropy, eval, train
 
 SEEDS = range(5)
 STUDENT = 2.7765  # 97.5 % quantile of Student's t for five seeds, rounded up
@@ -152,60 +154,81 @@ def name(run: Path) -> dict:
     return {"setting": run.absolute().parent.name, "arm": arm, "seed": int(seed)}
 
 
-def collect(path: Path) -> None:
-    """Print a line of JSON for each run in PATH/SETTING/ARM-SEED that was measured.
+def summarize(folder: Path, record: dict) -> dict:
+    """What was measured of a run that `name` names.
 
-    A run with other settings than those it has above is refused.
+    Raises:
+        KeyError: a name is not in its log.jsonl or eval.json.
+        OSError: there is no log.jsonl.
+        ValueError: its settings are not those above, or its last epoch is missing.
     """
     import train
 
-    results = sorted(path.glob("*/*/eval.json"))
-    if not results:
+    _, args = train.parse_arguments(train_options(**record).split())
+    train.resolve(args)
+    lines = (folder / "log.jsonl").read_text().splitlines()
+    settings, *epochs = map(json.loads, lines)
+    differ = [
+        f"{key} {settings.get(key)}, not {value}"
+        for key, value in train.settings(args).items()
+        if key not in train.MAY_DIFFER and settings.get(key) != value
+    ]
+    if differ:
+        differ = ", ".join(differ)
+        raise ValueError(f"the run in {folder} has not the study's settings: {differ}")
+    if len(epochs) < args.epochs:
+        raise ValueError(f"the run in {folder} ended after {len(epochs)} epochs")
+    last = epochs[-1]
+    measured = json.loads((folder / "eval.json").read_text())["segmentation"]
+    start = [len(epochs) * i // 10 for i in range(11)]  # of each tenth of the run
+    return record | {
+        "epochs": last["epoch"],
+        "acc1": last["test_acc1"],
+        "entropy": last["test_entropy"],
+        "components": last["test_components"],
+        "mass": measured["jaccard_mass"],
+        "foreground": measured["jaccard_mean"],
+        "entropy_per_head": last["test_entropy_per_head"],
+        "components_per_head": last["test_components_per_head"],
+        "mass_per_head": measured["jaccard_mass_per_head"],
+        "foreground_per_head": measured["jaccard_mean_per_head"],
+        "test_loss": last["test_loss"],
+        "train_loss": last["train_loss"],
+        "train_entropy_by_tenths": [
+            statistics.mean(epoch["train_entropy"] for epoch in epochs[first:end])
+            for first, end in pairwise(start)
+            if end > first
+        ],
+        "minutes": sum(epoch["seconds"] for epoch in epochs) / 60,
+        "torch": settings["torch"],
+        "torchvision": settings["torchvision"],
+        "python": settings["python"],
+        "hardware": settings["hardware"],
+    }
+
+
+def collect(path: Path) -> None:
+    """Print a line of JSON for each run in PATH/SETTING/ARM-SEED that was measured.
+
+    Nothing is printed if one of them has other settings than those above, or is not
+    complete. What is no run of the study is named on standard error.
+    """
+    folders = [result.parent for result in sorted(path.glob("*/*/eval.json"))]
+    if not folders:
         raise FileNotFoundError(f"no SETTING/ARM-SEED/eval.json in {path}")
-    for result in results:
-        lines = (result.parent / "log.jsonl").read_text().splitlines()
-        settings, *epochs = map(json.loads, lines)
-        last, measured = epochs[-1], json.loads(result.read_text())["segmentation"]
-        start = [len(epochs) * i // 10 for i in range(11)]  # of each tenth of the run
-        record = name(result.parent)
+    records = []
+    for folder in folders:
         try:
-            options = train_options(**record)
-        except KeyError:
-            print(f"left out: {result.parent}, not of the study", file=sys.stderr)
+            record = name(folder)
+            train_options(**record)
+        except (KeyError, ValueError):
+            print(f"left out: {folder}, not of the study", file=sys.stderr)
             continue
-        _, args = train.parse_arguments(options.split())
-        train.resolve(args)
-        differ = [
-            f"{key} {settings.get(key)}, not {value}"
-            for key, value in train.settings(args).items()
-            if key not in train.MAY_DIFFER and settings.get(key) != value
-        ]
-        if differ:
-            raise ValueError(f"{result.parent} is another run: {', '.join(differ)}")
-        record |= {
-            "epochs": last["epoch"],
-            "acc1": last["test_acc1"],
-            "entropy": last["test_entropy"],
-            "components": last["test_components"],
-            "mass": measured["jaccard_mass"],
-            "foreground": measured["jaccard_mean"],
-            "entropy_per_head": last["test_entropy_per_head"],
-            "components_per_head": last["test_components_per_head"],
-            "mass_per_head": measured["jaccard_mass_per_head"],
-            "foreground_per_head": measured["jaccard_mean_per_head"],
-            "test_loss": last["test_loss"],
-            "train_loss": last["train_loss"],
-            "train_entropy_by_tenths": [
-                statistics.mean(epoch["train_entropy"] for epoch in epochs[first:end])
-                for first, end in pairwise(start)
-                if end > first
-            ],
-            "minutes": sum(epoch["seconds"] for epoch in epochs) / 60,
-            "torch": settings["torch"],
-            "torchvision": settings["torchvision"],
-            "python": settings["python"],
-            "hardware": settings["hardware"],
-        }
+        try:
+            records.append(summarize(folder, record))
+        except KeyError as error:
+            raise ValueError(f"the run in {folder} has no {error}") from error
+    for record in records:
         print(json.dumps(record))
 
 
@@ -234,7 +257,10 @@ def interval(values: list[float], decimals: int) -> str:
 
 
 def read(path: Path) -> tuple[dict[tuple[str, str], dict[int, dict]], set[str]]:
-    """(setting, arm) -> seed -> what was measured; and the names that all runs have."""
+    """(setting, arm) -> seed -> what was measured; and the names that a run has.
+
+    An arm without all its seeds is left out, and named on standard error.
+    """
     found = {}
     try:
         every = [json.loads(line) for line in path.read_text().splitlines()]
@@ -244,13 +270,20 @@ def read(path: Path) -> tuple[dict[tuple[str, str], dict[int, dict]], set[str]]:
         raise ValueError(f"{path} is not a file that collect made: {error}") from error
     if not found:
         raise ValueError(f"{path} is empty")
-    return found, set.intersection(*map(set, every))
+    if any(run.keys() != every[0].keys() for run in every):
+        raise ValueError(f"{path} is of several files: its lines have different names")
+    for setting, chosen in STUDY.items():
+        for arm in chosen:
+            seeds = found.get((setting, arm), {}).keys() & set(SEEDS)
+            if len(seeds) < len(SEEDS):
+                missing = f"{len(seeds)} of {len(SEEDS)} seeds"
+                print(f"left out: {setting}/{arm}, {missing}", file=sys.stderr)
+                found.pop((setting, arm), None)
+    return found, set(every[0])
 
 
-def difference(runs: dict, base: dict, measure: str) -> str | None:
-    """Paired by seed; None if one of them is not there for every seed."""
-    if not runs.keys() & base.keys() >= set(SEEDS):
-        return None
+def difference(runs: dict, base: dict, measure: str) -> str:
+    """Paired by seed."""
     pairs = [runs[seed][measure] - base[seed][measure] for seed in SEEDS]
     return interval(pairs, MEASURES[measure][1])
 
@@ -259,29 +292,26 @@ def table(path: Path, baseline: str) -> None:
     """Print the table of a file that `collect` or `others` made, in Markdown.
 
     A cell has mean and standard deviation, and below them the difference to the baseline
-    with half its 95 % interval. An arm without all its seeds is named on standard error.
+    with half its 95 % interval.
     """
-    found, common = read(path)
-    measures = {key: what for key, what in MEASURES.items() if key in common}
+    found, names = read(path)
+    measures = {key: what for key, what in MEASURES.items() if key in names}
     columns = ["arm", "its options", *(column for column, _ in measures.values())]
-    columns += ["minutes"] * ("minutes" in common)
+    columns += ["minutes"] * ("minutes" in names)
     print("|", " | ".join(columns), "|")
     print("|" + " --- |" * len(columns))
     for setting, chosen in STUDY.items():
-        base = found.get((setting, baseline), {})
+        base = found.get((setting, baseline))
         for arm, options in chosen.items():
-            runs = found.get((setting, arm), {})
-            if not runs.keys() >= set(SEEDS):
-                missing = f"{len(runs)} of {len(SEEDS)} seeds"
-                print(f"left out: {setting}/{arm}, {missing}", file=sys.stderr)
+            runs = found.get((setting, arm))
+            if not runs:
                 continue
             cells = [f"`{setting}/{arm}`", f"`{options}`"]
             for measure, (_, decimals) in measures.items():
                 cells.append(spread([runs[seed][measure] for seed in SEEDS], decimals))
-                apart = difference(runs, base, measure)
-                if arm != baseline and apart:
-                    cells[-1] += f"<br>{apart}"
-            if "minutes" in common:
+                if base and arm != baseline:
+                    cells[-1] += f"<br>{difference(runs, base, measure)}"
+            if "minutes" in names:
                 middle = statistics.median(runs[seed]["minutes"] for seed in SEEDS)
                 cells.append(up(middle, 1))
             print("|", " | ".join(cells), "|")
@@ -289,17 +319,17 @@ def table(path: Path, baseline: str) -> None:
 
 def differences(path: Path) -> None:
     """Print tables of what is between two arms: accuracy and Jaccard indices."""
-    found, common = read(path)
+    found, names = read(path)
     for measure in ("acc1", "mass", "foreground"):
-        if measure not in common:
+        if measure not in names:
             raise ValueError(f"{path} is not a file that collect made: no {measure}")
         print("|", " | ".join([MEASURES[measure][0], *(f"`{s}`" for s in STUDY)]), "|")
         print("|" + " --- |" * (1 + len(STUDY)))
         for arm, base in PAIRS:
             cells = [f"`{arm}` - `{base}`"]
             for setting in STUDY:
-                two = [found.get((setting, each), {}) for each in (arm, base)]
-                cells.append(difference(*two, measure) or "")
+                two = [found.get((setting, each)) for each in (arm, base)]
+                cells.append(difference(*two, measure) if all(two) else "")
             print("|", " | ".join(cells), "|")
         print()
 
