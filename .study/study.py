@@ -90,7 +90,8 @@ def arms(alone: list[float], both: list[float]) -> dict[str, str]:
 
 
 STUDY = {
-    "fashion-1000": arms([0.01, 0.3], [0.003, 0.01, 0.03, 0.1, 0.3]),
+    "fashion-1000": arms([0.01, 0.3], [0.003, 0.01, 0.03, 0.1, 0.3])
+    | {"constant-0.01": "--sar-lambda 0.01 --sar-schedule constant"},
     "fashion-1000-long": arms([], [0.3]),
     "fashion-1000-longer": arms([0.3], [0.3]),
     "fashion-5000": arms([0.3], [0.01, 0.3]),
