@@ -20,9 +20,8 @@ import sys
 from itertools import pairwise
 from pathlib import Path
 
-sys.path.insert(
-    0, str(Path(__file__).resolve().parents[1])
-)  # data, entropy, eval, train
+# data, entropy, eval and train
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 SEEDS = range(5)
 STUDENT = 2.7765  # 97.5 % quantile of Student's t for five seeds, rounded up
@@ -110,16 +109,6 @@ MEASURES = {
     "foreground_own": ("Jaccard, S > mean: own - other object", 1),
 }
 
-
-def train_options(setting: str, arm: str, seed: int) -> str:
-    """Those of a run, but for where it is kept."""
-    dataset, shared = SETTINGS[setting]
-    return (
-        f"--dataset {dataset} {shared} {STUDY[setting][arm]}"
-        f" --val-interval 1000 --device cpu --seed {seed}"
-    )
-
-
 # Arms whose differences are printed: the first less the second.
 PAIRS = [
     ("surgery", "plain"),
@@ -128,6 +117,15 @@ PAIRS = [
     ("sar-0.3", "surgery"),
     ("sar-0.01", "surgery"),
 ]
+
+
+def train_options(setting: str, arm: str, seed: int) -> str:
+    """Those of a run, but for where it is kept."""
+    dataset, shared = SETTINGS[setting]
+    return (
+        f"--dataset {dataset} {shared} {STUDY[setting][arm]}"
+        f" --val-interval 1000 --device cpu --seed {seed}"
+    )
 
 
 def commands() -> None:
