@@ -68,6 +68,13 @@ SETTINGS = {
             " --batch-size 16 --lr 0.0256"
         ),
     ),
+    "shapes-1000-long": (
+        "shapes",
+        (
+            "--crop padded --train-size 1000 --epochs 200 --warmup-epochs 5"
+            " --batch-size 16 --lr 0.0512"
+        ),
+    ),
     "shapes-10000": (
         "shapes",
         "--crop padded --epochs 10 --warmup-epochs 1 --batch-size 16 --lr 0.0128",
@@ -91,10 +98,11 @@ def arms(alone: list[float], both: list[float]) -> dict[str, str]:
 STUDY = {
     "fashion-1000": arms([0.01, 0.3], [0.003, 0.01, 0.03, 0.1, 0.3])
     | {"constant-0.01": "--sar-lambda 0.01 --sar-schedule constant"},
-    "fashion-1000-long": arms([], [0.3]),
+    "fashion-1000-long": arms([0.3], [0.3]),
     "fashion-1000-longer": arms([0.3], [0.3]),
     "fashion-5000": arms([0.3], [0.01, 0.3]),
     "shapes-1000": arms([0.01, 0.3], [0.01, 0.1, 0.3]),
+    "shapes-1000-long": arms([0.3], [0.01, 0.3]),
     "shapes-10000": arms([0.3], [0.3]),
 }
 
