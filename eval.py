@@ -929,15 +929,15 @@ def draw_head(
 
 
 def newest_checkpoint(runs: Path = Path("runs")) -> Path:
-    """The checkpoint written last under `runs`.
+    """The checkpoint written last under `runs`, however deep.
 
     Raises:
         FileNotFoundError: there is none.
     """
-    found = sorted(runs.glob("*/checkpoint.pt"), key=lambda path: path.stat().st_mtime)
+    found = sorted(runs.rglob("checkpoint.pt"), key=lambda path: path.stat().st_mtime)
     if not found:
         raise FileNotFoundError(
-            f"no checkpoint at {runs}/*/checkpoint.pt; train one with python train.py, "
+            f"no checkpoint.pt under {runs}; train one with python train.py, "
             "or name one with --checkpoint"
         )
     return found[-1]

@@ -662,7 +662,9 @@ def test_study(capsys, tmp_path: Path) -> None:
         "81.20 ± 0.15<br>+1.08 ± 0.07",
         "80.12 ± 0.09<br>+0.00 ± 0.00",
     ]
-    assert "left out: fashion-1000/surgery, 4 of 5 seeds" in printed.err
+    assert printed.err.startswith("left out, with fewer than 5 seeds: fashion-1000/")
+    assert "fashion-1000/surgery 4, " in printed.err
+    assert printed.err.count("\n") == 1
     study["differences"](tmp_path / "runs.jsonl")
     rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines()]
     assert rows[4][:3] == ["| `sar-0.3` - `plain`", "+0.00 ± 0.00", ""]
@@ -689,9 +691,15 @@ def test_study(capsys, tmp_path: Path) -> None:
     (tmp_path / "empty.jsonl").touch()
     with pytest.raises(ValueError, match="is empty"):
         study["table"](tmp_path / "empty.jsonl", "plain")
+    with pytest.raises(ValueError, match="made: no 'setting'"):
+        study["table"](HERE / ".study" / "tuning.jsonl", "plain")
+    with pytest.raises(FileNotFoundError, match="no .*checkpoint.pt"):
+        study["others"]([tmp_path / "checkpoint.pt"])
+    (tmp_path / "checkpoint.pt").touch()
     with pytest.raises(ValueError, match="not named SETTING/ARM-SEED"):
         study["others"]([tmp_path / "checkpoint.pt"])
     (tmp_path / "plain-1").mkdir()
+    (tmp_path / "plain-1" / "checkpoint.pt").touch()
     with pytest.raises(FileNotFoundError, match="no .*plain-1/eval.json"):
         study["others"]([tmp_path / "plain-1" / "checkpoint.pt"])
 
@@ -2341,6 +2349,19 @@ def test_segmentation_of_other_sets(name, tmp_path, monkeypatch) -> None:
 
 
 @needs_project
+def test_the_newest_checkpoint_is_that_written_last(tmp_path: Path) -> None:
+    """However deep it lies: those of the study are in a folder for each setting."""
+    for written, name in enumerate(["b", "study/plain-0", "a"]):
+        path = tmp_path / name / "checkpoint.pt"
+        path.parent.mkdir(parents=True)
+        path.touch()
+        os.utime(path, (0, written))
+    assert evaluation.newest_checkpoint(tmp_path) == tmp_path / "a" / "checkpoint.pt"
+    os.utime(tmp_path / "study" / "plain-0" / "checkpoint.pt", (0, 9))
+    assert "study" in str(evaluation.newest_checkpoint(tmp_path))
+
+
+@needs_project
 def test_study_of_the_objects_of_others(tmp_path, monkeypatch, capsys) -> None:
     """The Jaccard index less that with the object of the next image."""
     monkeypatch.setattr(data, "SHAPES_COUNT", {"train": 8, "test": 8})
@@ -2936,7 +2957,7 @@ BAD_INPUT = {
     "train --accumulate 9": "--accumulate exceeds an epoch's 2 batches",
     "train --device tpu": "tpu",
     "train --dataset cifar100 --device cuda": "device cuda was asked for",
-    "eval": "no checkpoint at runs/*/checkpoint.pt",
+    "eval": "no checkpoint.pt under runs",
     "eval --checkpoint none.pt": "no checkpoint at none.pt",
     "eval --checkpoint used/checkpoint.pt": "used/checkpoint.pt is damaged",
     "eval --rows 0": "--rows",

@@ -266,15 +266,16 @@ def interval(values: list[float], decimals: int) -> str:
 def read(path: Path) -> tuple[dict[tuple[str, str], dict[int, dict]], set[str]]:
     """(setting, arm) -> seed -> what was measured; and the names that a run has.
 
-    An arm without all its seeds is left out, and named on standard error.
+    Arms without all their seeds are left out, and named in a line on standard error.
     """
-    found = {}
+    found, short = {}, []
     try:
         every = [json.loads(line) for line in path.read_text().splitlines()]
         for run in every:
             found.setdefault((run["setting"], run["arm"]), {})[run["seed"]] = run
     except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path} is not a file that collect made: {error}") from error
+        what = f"no {error}" if isinstance(error, KeyError) else error
+        raise ValueError(f"{path} is not a file that collect made: {what}") from error
     if not found:
         raise ValueError(f"{path} is empty")
     if any(run.keys() != every[0].keys() for run in every):
@@ -283,9 +284,11 @@ def read(path: Path) -> tuple[dict[tuple[str, str], dict[int, dict]], set[str]]:
         for arm in chosen:
             seeds = found.get((setting, arm), {}).keys() & set(SEEDS)
             if len(seeds) < len(SEEDS):
-                missing = f"{len(seeds)} of {len(SEEDS)} seeds"
-                print(f"left out: {setting}/{arm}, {missing}", file=sys.stderr)
+                short.append(f"{setting}/{arm} {len(seeds)}")
                 found.pop((setting, arm), None)
+    if short:
+        of = f"left out, with fewer than {len(SEEDS)} seeds"
+        print(f"{of}: {', '.join(short)}", file=sys.stderr)
     return found, set(every[0])
 
 
@@ -353,11 +356,15 @@ def others(paths: list[Path]) -> None:
     import data
     from eval import PROTOCOLS, load_run, segment
 
+    for path in paths:
+        if not path.is_file():
+            raise FileNotFoundError(f"no {path}")
+        name(path.parent)
+        if not (measured := path.parent / "eval.json").is_file():
+            raise FileNotFoundError(f"no {measured}: eval.py --segmentation makes it")
     device = torch.device("cpu")
     for path in paths:
         record, measured = name(path.parent), path.parent / "eval.json"
-        if not measured.is_file():
-            raise FileNotFoundError(f"no {measured}: eval.py --segmentation makes it")
         model, saved = load_run(path)
         settings = saved["settings"]
         dataset = settings["dataset"]
