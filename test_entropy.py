@@ -1870,9 +1870,9 @@ def test_benchmark(monkeypatch, capsys) -> None:
     output = capsys.readouterr().out
     rows = {line[:24].strip(): line[24:].split() for line in output.splitlines()}
     for name in ("plain ViT", "plain ViT, compiled", "SAR", "SAR, compiled"):
-        *speed, memory = (float(figure.rstrip("%")) for figure in rows[name])
-        # Rates are printed as 0 where others keep the machine busy.
-        assert speed[0] > 0 and min(speed) >= 0
+        # The rate as a percentage of the matrices' is 0 on a busy machine.
+        *speed, _, memory = (float(figure.rstrip("%")) for figure in rows[name])
+        assert min(speed) > 0
         # Weights, gradients and two averages of each, 5.4 M in all.
         assert 4 * 4 * 5.3 < memory < 2 * 4 * 4 * 5.3
     assert "ms an image, on one core" in output
