@@ -705,6 +705,51 @@ def test_study(capsys, tmp_path: Path) -> None:
 
 
 @needs_project
+def test_prose_of_the_study() -> None:
+    """Every figure with an interval or deviation in the README's words is measured."""
+    study = runpy.run_path(str(HERE / ".study" / "study.py"))
+    found = {}  # (setting, arm) -> measure -> the values of the five seeds
+    for file in ("results.jsonl", "others.jsonl", "first.jsonl"):
+        for line in (HERE / ".study" / file).read_text().splitlines():
+            run = json.loads(line)
+            arm = run["arm"]
+            if file == "first.jsonl":
+                arm = "after one epoch"
+                for rule in ("mass", "foreground"):
+                    run[rule] = run[f"{rule}_own"] + run[f"{rule}_other"]
+            of_arm = found.setdefault((run["setting"], arm), {})
+            for measure in study["MEASURES"].keys() & run.keys():
+                of_arm.setdefault(measure, {})[run["seed"]] = run[measure]
+
+    def less(first: dict, second: dict) -> dict:
+        return {seed: first[seed] - second[seed] for seed in study["SEEDS"]}
+
+    figures = set()
+    for (setting, arm), of_arm in found.items():
+        for measure, values in of_arm.items():
+            decimals = study["MEASURES"][measure][1]
+            figures.add(study["spread"]([*values.values()], decimals))
+            for (where, other), of_other in found.items():
+                if where != setting or measure not in of_other:
+                    continue
+                gain = less(values, of_other[measure])
+                figures.add(study["interval"]([*gain.values()], decimals))
+                for longer in (f"{setting}-long", f"{setting}-longer"):
+                    two = [found.get((longer, each)) for each in (arm, other)]
+                    if all(two):
+                        gain_there = less(*(each[measure] for each in two))
+                        change = less(gain_there, gain).values()
+                        figures.add(study["interval"]([*change], decimals))
+    figures = {figure.lstrip("+-") for figure in figures}
+    readme = (HERE / "README.md").read_text(encoding="utf-8")
+    lines = readme.split("## Does it work?")[1].split("\n## ")[0].splitlines()
+    words = " ".join(" ".join(each for each in lines if each[:1] != "|").split())
+    said = re.findall(r"\d+\.\d+ ± \d+\.\d+", words)
+    assert len(said) > 30
+    assert set(said) <= figures
+
+
+@needs_project
 def test_study_collects_its_own_runs(capsys, tmp_path: Path) -> None:
     """Only complete ones, made with the settings that the study says."""
     study = runpy.run_path(str(HERE / ".study" / "study.py"))
