@@ -75,6 +75,13 @@ SETTINGS = {
             " --batch-size 16 --lr 0.0512"
         ),
     ),
+    "shapes-1000-longer": (
+        "shapes",
+        (
+            "--crop padded --train-size 1000 --epochs 400 --warmup-epochs 5"
+            " --batch-size 16 --lr 0.0512"
+        ),
+    ),
     "shapes-10000": (
         "shapes",
         "--crop padded --epochs 10 --warmup-epochs 1 --batch-size 16 --lr 0.0128",
@@ -103,6 +110,7 @@ STUDY = {
     "fashion-5000": arms([0.3], [0.01, 0.3]),
     "shapes-1000": arms([0.01, 0.3], [0.01, 0.1, 0.3]),
     "shapes-1000-long": arms([0.3], [0.01, 0.3]),
+    "shapes-1000-longer": arms([0.3], [0.3]),
     "shapes-10000": arms([0.3], [0.3]),
 }
 
