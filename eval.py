@@ -145,8 +145,14 @@ def choose_device(name: str | None) -> torch.device:
 def hardware(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    processor = platform.processor() or platform.machine()
-    return f"{device.type} ({processor}, {torch.get_num_threads()} threads)"
+    try:  # on Linux, platform.processor() has the architecture, not the name
+        cpu = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        cpu = ""
+    name = re.search(r"^model name\s*: *(\S.*)$", cpu, re.MULTILINE)
+    processor = name[1] if name else platform.processor() or platform.machine()
+    threads = torch.get_num_threads()
+    return f"{device.type} ({processor}, {threads} thread{'s' * (threads > 1)})"
 
 
 def grouped() -> bool:

@@ -2395,6 +2395,17 @@ def test_segmentation_of_other_sets(name, tmp_path, monkeypatch) -> None:
 
 
 @needs_project
+def test_hardware_is_named() -> None:
+    """By the log of a run: digits on a CPU depend on which it is."""
+    named = evaluation.hardware(torch.device("cpu"))
+    processor, threads = re.fullmatch(r"cpu \((.+), (\d+) threads?\)", named).groups()
+    assert int(threads) == torch.get_num_threads()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.is_file() and "model name" in (text := cpuinfo.read_text()):
+        assert processor in text
+
+
+@needs_project
 def test_the_newest_checkpoint_is_that_written_last(tmp_path: Path) -> None:
     """However deep it lies: those of the study are in a folder for each setting."""
     for written, name in enumerate(["b", "study/plain-0", "a"]):
