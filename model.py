@@ -208,6 +208,9 @@ class VisionTransformer(nn.Module):
             mean of the patch tokens; its map is the mean of the patch queries' maps.
         init_std: of the linear layers' initial weights. DeiT's 0.02 is for widths of
             some hundreds; a ViT of width 96 learns several times faster from 0.08.
+        pos_std: standard deviation of the initial position embedding. Those of the
+            embedded patches are near 0.5: from DeiT's 0.02 a ViT hardly tells places
+            apart at first, and on small sets may learn the images by heart before.
 
     Raises:
         ValueError: an image size that patch_size does not divide, an embed_dim that
@@ -231,6 +234,7 @@ class VisionTransformer(nn.Module):
         last_skip: bool = True,
         pool: str = "cls",
         init_std: float = 0.02,
+        pos_std: float = 0.02,
     ) -> None:
         super().__init__()
         height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
@@ -267,11 +271,11 @@ class VisionTransformer(nn.Module):
         self.head = nn.Identity()
         if num_classes:
             self.head = nn.Linear(embed_dim, num_classes)
-        self._init_weights(init_std)
+        self._init_weights(init_std, pos_std)
 
-    def _init_weights(self, init_std: float) -> None:
+    def _init_weights(self, init_std: float, pos_std: float) -> None:
         """DeiT's initialisation; the patch projection keeps PyTorch's own."""
-        nn.init.trunc_normal_(self.pos_embed, std=0.02)
+        nn.init.trunc_normal_(self.pos_embed, std=pos_std)
         if self.cls_token is not None:
             nn.init.trunc_normal_(self.cls_token, std=0.02)
         for module in self.modules():

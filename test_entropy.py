@@ -866,6 +866,15 @@ def test_without_the_last_skip_there_is_no_second_norm() -> None:
 
 
 @needs_project
+def test_initial_position_embedding() -> None:
+    """Its standard deviation is DeiT's, or the one that is asked for."""
+    for options, expected in (({}, 0.02), ({"pos_std": 0.5}, 0.5)):
+        torch.manual_seed(0)
+        model = vit.VisionTransformer(**vit.MODELS["vit_mini"], **options)
+        assert model.pos_embed.std().item() == pytest.approx(expected, rel=0.1)
+
+
+@needs_project
 def test_parameter_names_are_those_of_timm() -> None:
     block = ("norm1", "attn.qkv", "attn.proj", "norm2", "mlp.fc1", "mlp.fc2")
     layers = [f"blocks.{i}.{layer}" for i in range(12) for layer in block]
@@ -1742,6 +1751,11 @@ def test_a_resumed_run_is_the_same_run(tmp_path, monkeypatch) -> None:
 
     files = [tmp_path / name / "checkpoint.pt" for name in ("whole", "stopped")]
     whole, stopped = (torch.load(file, weights_only=True) for file in files)
+    assert whole["architecture"]["pos_std"] == 0.02
+    del stopped["settings"]["pos_std"]  # as in runs that are older than the option
+    torch.save(stopped, files[1])
+    assert run(monkeypatch, f"{command} --resume --pos-std 0.5") == 2
+    assert run(monkeypatch, f"{command} --resume") == 0
     for part in ("model", "model_ema"):
         for name, value in whole[part].items():
             assert value.equal(stopped[part][name])

@@ -87,6 +87,7 @@ RECIPE = {
     "img_size": 224,
     "patch_size": 16,
     "crop": None,
+    "pos_std": 0.02,
     "drop_path": 0.1,
     "epochs": 100,
     "batch_size": 128,  # on each GPU, in their ImageNet command
@@ -269,6 +270,8 @@ def make_parser(recipe: dict) -> Parser:
     add("--patch-size", type=whole, metavar="PX", help="side of a patch")
     pool = "what is classified: the CLS token, or the mean patch of a ViT without one"
     add("--pool", choices=("cls", "mean"), default="cls", help=pool)
+    pos_std = "standard deviation of the initial position embedding"
+    add("--pos-std", type=amount, metavar="STD", help=pos_std)
     add("--drop-path", type=number(0, 0.99), metavar="P", help="stochastic depth")
     finetune = "start from weights of this project, timm, DeiT or DINO; then at most "
     finetune += f"{FINETUNE_WARMUP_EPOCHS:g} warm-up epochs, if these are left out"
@@ -392,7 +395,7 @@ def settings(args: argparse.Namespace) -> dict:
 
 def architecture(args: argparse.Namespace, classes: int) -> dict:
     """Keyword arguments of VisionTransformer, plain values, for the checkpoint."""
-    names = ("img_size", "patch_size", "drop_path", "last_skip", "pool")
+    names = ("img_size", "patch_size", "pos_std", "drop_path", "last_skip", "pool")
     chosen = {name: getattr(args, name) for name in names}
     return {**MODELS[args.model], **chosen, "num_classes": classes}
 
@@ -417,7 +420,7 @@ def check_output_dir(
     if not (folder / "checkpoint.pt").exists():
         raise FileNotFoundError(f"there is no run to resume in {folder}")
     model, checkpoint = load_run(folder / "checkpoint.pt")
-    then = {"world_size": 1} | checkpoint["settings"]
+    then = {"world_size": 1, "pos_std": 0.02} | checkpoint["settings"]  # of old runs
     differ = [
         f"{name} {then.get(name)} -> {now}"
         for name, now in settings(args).items()
