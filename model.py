@@ -210,7 +210,7 @@ class VisionTransformer(nn.Module):
             some hundreds; a ViT of width 96 learns several times faster from 0.08.
         pos_std: standard deviation of the initial position embedding. Those of the
             embedded patches are near 0.5: from DeiT's 0.02 a ViT hardly tells places
-            apart at first, and on small sets may learn the images by heart before.
+            apart at first.
 
     Raises:
         ValueError: an image size that patch_size does not divide, an embed_dim that

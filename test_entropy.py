@@ -667,8 +667,9 @@ def test_study(capsys, tmp_path: Path) -> None:
     assert printed.err.count("\n") == 1
     study["differences"](tmp_path / "runs.jsonl")
     rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines()]
-    assert rows[4][:3] == ["| `sar-0.3` - `plain`", "+0.00 ± 0.00", ""]
-    assert rows[5][:3] == ["| `sar-0.3` - `surgery`", "", ""]
+    assert rows[0][4] == "`sar-0.3` - `plain`"
+    assert rows[2][:2] == ["| `fashion-1000`", "80.12 ± 0.09"]
+    assert rows[2][2:6] == ["", "", "+0.00 ± 0.00", ""]
     study["table"](tmp_path / "runs.jsonl", "surgery")
     assert "<br>" not in capsys.readouterr().out
 
