@@ -2474,6 +2474,23 @@ def test_study_of_the_objects_of_others(tmp_path, monkeypatch, capsys) -> None:
 
 
 @needs_project
+def test_study_by_the_pixels(tmp_path, capsys) -> None:
+    """Images of training are known again; others, which are noise, are not."""
+    write_fashion_mnist(tmp_path)
+    study = runpy.run_path(str(HERE / ".study" / "study.py"))
+    study["linear"](str(tmp_path), (20,))
+    assert "20 images, penalty 0.0" in (printed := capsys.readouterr().out)
+    assert "100.00" not in printed
+    raw = tmp_path / "FashionMNIST" / "raw"
+    for part in ("images-idx3", "labels-idx1"):
+        shutil.copy(raw / f"train-{part}-ubyte.gz", raw / f"t10k-{part}-ubyte.gz")
+        for split in ("train", "t10k"):
+            (raw / f"{split}-{part}-ubyte").unlink(missing_ok=True)
+    study["linear"](str(tmp_path), (20,))
+    assert capsys.readouterr().out.endswith(": 100.00 ± 0.00 %\n")
+
+
+@needs_project
 def test_corruption_means() -> None:
     def errors(by_name: dict[str, Sequence[float]]) -> dict[tuple[str, int], float]:
         return {

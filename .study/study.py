@@ -476,7 +476,7 @@ def gradients(path: Path) -> None:
         print(f", 0.01 H to cross-entropy {0.01 * second / first:.5f}")
 
 
-def linear() -> None:
+def linear(data_dir: str = "data", sizes: tuple[int, ...] = (1000, 5000)) -> None:
     """Print the test accuracy of logistic regression by the pixels of Fashion-MNIST.
 
     On the training images of each seed, neither shifted nor flipped. The penalty, half
@@ -512,10 +512,10 @@ def linear() -> None:
 
     whole = {"train": False, "workers": 0, "pin_memory": False}
     transform = data.test_transform(28, crop="whole")
-    source = ("fashion-mnist", "data")
+    source = ("fashion-mnist", data_dir)
     every = data.load_dataset(*source, "train", transform)
     inputs, labels = pixels(data.load_dataset(*source, "test", transform))
-    for size in (1000, 5000):
+    for size in sizes:
         accuracies = {weight: [] for weight in (0.01, 0.003, 0.001, 0.0003)}
         for weight, seed in itertools.product(accuracies, SEEDS):
             layer = fit(*pixels(data.balanced_subset(every, size, seed)), weight)
