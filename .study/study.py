@@ -124,7 +124,7 @@ STUDY = {
     | {"constant-0.01": "--sar-lambda 0.01 --sar-schedule constant"},
     "fashion-1000-long": arms([0.3], [0.3]),
     "fashion-1000-longer": arms([0.3], [0.3]),
-    "fashion-1000-tuned": arms([0.3], [0.01, 0.3]),
+    "fashion-1000-tuned": arms([0.3], [0.3]),
     "fashion-5000": arms([0.3], [0.01, 0.3]),
     "fashion-5000-tuned": arms([0.3], [0.3]),
     "shapes-1000": arms([0.01, 0.3], [0.01, 0.1, 0.3]),
