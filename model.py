@@ -208,9 +208,9 @@ class VisionTransformer(nn.Module):
             mean of the patch tokens; its map is the mean of the patch queries' maps.
         init_std: of the linear layers' initial weights. DeiT's 0.02 is for widths of
             some hundreds; a ViT of width 96 learns several times faster from 0.08.
-        pos_std: standard deviation of the initial position embedding. Those of the
-            embedded patches are near 0.5: from DeiT's 0.02 a ViT hardly tells places
-            apart at first.
+        pos_std: of the initial position embedding, a normal distribution cut at 2 and
+            -2; at most 1. That of the embedded patches is near 0.5: from DeiT's 0.02 a
+            ViT hardly tells places apart at first.
 
     Raises:
         ValueError: an image size that patch_size does not divide, an embed_dim that
@@ -251,6 +251,8 @@ class VisionTransformer(nn.Module):
             )
         if not 0 <= drop_path < 1:
             raise ValueError(f"drop_path must be in [0, 1), got {drop_path}")
+        if not 0 < pos_std <= 1:
+            raise ValueError(f"pos_std must be above 0 and at most 1, got {pos_std}")
         if pool not in ("cls", "mean"):
             raise ValueError(f'pool must be "cls" or "mean", got {pool!r}')
         self.img_size, self.patch_size = (height, width), patch_size

@@ -3035,6 +3035,8 @@ BAD_INPUT = {
     "train --dataset folder --data-dir nowhere": "nowhere/train",
     "train --img-size 50": "patch size 8 does not divide the image size 50x50",
     "train --epochs 0": "--epochs",
+    "train --pos-std 0": "pos_std must be above 0 and at most 1, got 0.0",
+    "train --pos-std 2": "pos_std must be above 0 and at most 1, got 2.0",
     "train --sar-lambda -1": "--sar-lambda",
     "train --output-dir used": "used already holds a run",
     "train --output-dir new --resume": "no run to resume in new",

@@ -270,7 +270,8 @@ def make_parser(recipe: dict) -> Parser:
     add("--patch-size", type=whole, metavar="PX", help="side of a patch")
     pool = "what is classified: the CLS token, or the mean patch of a ViT without one"
     add("--pool", choices=("cls", "mean"), default="cls", help=pool)
-    pos_std = "standard deviation of the initial position embedding"
+    pos_std = "standard deviation of the initial position embedding, 1 at most; of no "
+    pos_std += "effect with --finetune"
     add("--pos-std", type=amount, metavar="STD", help=pos_std)
     add("--drop-path", type=number(0, 0.99), metavar="P", help="stochastic depth")
     finetune = "start from weights of this project, timm, DeiT or DINO; then at most "

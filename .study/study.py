@@ -28,32 +28,33 @@ SEEDS = range(5)
 STUDENT = 2.7765  # 97.5 % quantile of Student's t for five seeds, rounded up
 
 FASHION = (
-    "--model vit_mini --img-size 28 --patch-size 4 --crop padded --aa none --reprob 0"
+    "--model vit_mini --img-size 28 --patch-size 4 --crop {} --aa none --reprob 0"
     " --smoothing 0 --drop-path 0 --no-model-ema"
 )
+SHIFTED = FASHION.format("padded")
 # Not shifted, and the patches' places told apart from the first step on.
-TUNED = f"{FASHION.replace('padded', 'whole')} --pos-std 0.5"
+TUNED = f"{FASHION.format('whole')} --pos-std 0.5"
 
 # Setting -> data set, and the options that its arms share, tuned for the plain ViT.
 SETTINGS = {
     "fashion-1000": (
         "fashion-mnist",
         (
-            f"{FASHION} --mixup 0 --cutmix 0 --train-size 1000 --epochs 100"
+            f"{SHIFTED} --mixup 0 --cutmix 0 --train-size 1000 --epochs 100"
             " --warmup-epochs 5 --batch-size 16 --lr 0.0256"
         ),
     ),
     "fashion-1000-long": (
         "fashion-mnist",
         (
-            f"{FASHION} --mixup 0 --cutmix 0 --train-size 1000 --epochs 200"
+            f"{SHIFTED} --mixup 0 --cutmix 0 --train-size 1000 --epochs 200"
             " --warmup-epochs 5 --batch-size 32 --lr 0.0256"
         ),
     ),
     "fashion-1000-longer": (
         "fashion-mnist",
         (
-            f"{FASHION} --mixup 0.8 --cutmix 1 --train-size 1000 --epochs 400"
+            f"{SHIFTED} --mixup 0.8 --cutmix 1 --train-size 1000 --epochs 400"
             " --warmup-epochs 5 --batch-size 32 --lr 0.0256"
         ),
     ),
@@ -67,7 +68,7 @@ SETTINGS = {
     "fashion-5000": (
         "fashion-mnist",
         (
-            f"{FASHION} --mixup 0 --cutmix 0 --train-size 5000 --epochs 20"
+            f"{SHIFTED} --mixup 0 --cutmix 0 --train-size 5000 --epochs 20"
             " --warmup-epochs 1 --batch-size 32 --lr 0.0128"
         ),
     ),
@@ -132,6 +133,9 @@ STUDY = {
     "shapes-1000-longer": arms([0.3], [0.3]),
     "shapes-10000": arms([0.3], [0.3]),
 }
+
+# A loader of images as they are, in this process.
+WHOLE = {"train": False, "workers": 0, "pin_memory": False}
 
 # What is measured -> its column, and the decimals that are printed.
 MEASURES = {
@@ -367,9 +371,10 @@ def differences(path: Path) -> None:
         for setting, chosen in STUDY.items():
             if not any((setting, arm) in found for arm in chosen):
                 continue
-            plain = found.get((setting, "plain"), {})
-            values = [plain[seed][measure] for seed in SEEDS if plain]
-            cells = [f"`{setting}`", spread(values, decimals) if plain else ""]
+            cells, plain = [f"`{setting}`", ""], found.get((setting, "plain"))
+            if plain:
+                values = [plain[seed][measure] for seed in SEEDS]
+                cells[1] = spread(values, decimals)
             for pair in PAIRS:
                 two = [found.get((setting, arm)) for arm in pair]
                 cells.append(difference(*two, measure) if all(two) else "")
@@ -402,8 +407,7 @@ def others(paths: list[Path]) -> None:
         settings = saved["settings"]
         dataset = settings["dataset"]
         masked = data.load_masks(dataset, settings["data_dir"], model.img_size)
-        whole = {"train": False, "workers": 0, "pin_memory": False}
-        loader = data.make_loader(masked, 500, **whole)
+        loader = data.make_loader(masked, 500, **WHOLE)
         exchanged = ((images, masks.roll(1, 0)) for images, masks in loader)
         source = data.DATASETS[dataset]
         normalize = data.normalizer(source.mean, source.std, device)
@@ -442,8 +446,7 @@ def gradients(path: Path) -> None:
     images = data.load_dataset(dataset, settings["data_dir"], "train", transform)
     if settings["train_size"]:
         images = data.balanced_subset(images, settings["train_size"], settings["seed"])
-    whole = {"train": False, "workers": 0, "pin_memory": False}
-    pixels, labels = next(iter(data.make_loader(images, len(images), **whole)))
+    pixels, labels = next(iter(data.make_loader(images, len(images), **WHOLE)))
     source = data.DATASETS[dataset]
     normalize = data.normalizer(source.mean, source.std, torch.device("cpu"))
     logits, similarity = model.eval()(normalize(pixels))
@@ -489,10 +492,12 @@ def linear(data_dir: str = "data", sizes: tuple[int, ...] = (1000, 5000)) -> Non
 
     def pixels(images) -> tuple[torch.Tensor, torch.Tensor]:
         """float (n, 784), 0 to 1, and the labels, int64 (n)."""
-        loaded, labels = next(iter(data.make_loader(images, len(images), **whole)))
+        loaded, labels = next(iter(data.make_loader(images, len(images), **WHOLE)))
         return loaded[:, 0].flatten(1) / 255, labels
 
-    def fit(inputs: torch.Tensor, labels: torch.Tensor, weight: float):
+    def fit(
+        inputs: torch.Tensor, labels: torch.Tensor, weight: float
+    ) -> torch.nn.Linear:
         """Multinomial logistic regression."""
         layer = torch.nn.Linear(784, 10)
         for parameter in layer.parameters():
@@ -510,7 +515,6 @@ def linear(data_dir: str = "data", sizes: tuple[int, ...] = (1000, 5000)) -> Non
         optimizer.step(closure)
         return layer
 
-    whole = {"train": False, "workers": 0, "pin_memory": False}
     transform = data.test_transform(28, crop="whole")
     source = ("fashion-mnist", data_dir)
     every = data.load_dataset(*source, "train", transform)
@@ -537,13 +541,13 @@ def main() -> None:
         gradients: "checkpoint.pt of a run",
         others: "checkpoint.pt of a run, next to its eval.json",
     }
-    actions_here = (commands, collect, table, differences, others, gradients, linear)
-    for act in actions_here:
+    acts = (commands, collect, table, differences, others, gradients, linear)
+    for act in acts:
         what = act.__doc__.splitlines()[0]
         action = actions.add_parser(act.__name__, help=what, description=what)
         if act is others:
             action.add_argument("paths", type=Path, nargs="+", help=path_of[act])
-        elif act not in (commands, linear):
+        elif act in path_of:
             action.add_argument("path", type=Path, help=path_of[act])
         if act is table:
             choices = ("plain", "surgery", "sar-0.01")
