@@ -79,6 +79,13 @@ SETTINGS = {
             " --warmup-epochs 1 --batch-size 16 --lr 0.0256"
         ),
     ),
+    "fashion-5000-tuned-long": (
+        "fashion-mnist",
+        (
+            f"{TUNED} --mixup 0 --cutmix 1 --train-size 5000 --epochs 48"
+            " --warmup-epochs 1 --batch-size 16 --lr 0.0256"
+        ),
+    ),
     "shapes-1000": (
         "shapes",
         (
@@ -128,6 +135,7 @@ STUDY = {
     "fashion-1000-tuned": arms([0.3], [0.3]),
     "fashion-5000": arms([0.3], [0.01, 0.3]),
     "fashion-5000-tuned": arms([0.3], [0.3]),
+    "fashion-5000-tuned-long": arms([0.3], [0.3]),
     "shapes-1000": arms([0.01, 0.3], [0.01, 0.1, 0.3]),
     "shapes-1000-long": arms([0.3], [0.01, 0.3]),
     "shapes-1000-longer": arms([0.3], [0.3]),
