@@ -667,26 +667,26 @@ def test_study(capsys, tmp_path: Path) -> None:
     assert printed.err.count("\n") == 1
     study["differences"](tmp_path / "runs.jsonl")
     rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines()]
-    assert rows[0][4] == "`sar-0.3` - `plain`"
-    assert rows[2][:2] == ["| `fashion-1000`", "80.12 ± 0.09"]
-    assert rows[2][2:6] == ["", "", "+0.00 ± 0.00", ""]
+    assert rows[0][1:] == ["`plain`", "`sar-0.3` - `plain` |"]
+    assert rows[2] == ["| `fashion-1000`", "80.12 ± 0.09", "+0.00 ± 0.00 |"]
     study["table"](tmp_path / "runs.jsonl", "surgery")
     assert "<br>" not in capsys.readouterr().out
 
+    study["table"](HERE / ".study" / "results.jsonl", "plain")
+    assert f"\n\n{capsys.readouterr().out}\n" in readme
     for file in ("results.jsonl", "others.jsonl"):
-        study["table"](HERE / ".study" / file, "plain")
-        assert f"\n\n{capsys.readouterr().out}\n" in readme
-    study["differences"](HERE / ".study" / "results.jsonl")
-    assert f"\n\n{capsys.readouterr().out}" in readme
+        study["differences"](HERE / ".study" / file)
+        assert f"\n\n{capsys.readouterr().out}" in readme
 
     with pytest.raises(ValueError, match="not a file that collect made"):
         study["table"](HERE / "README.md", "plain")
     with pytest.raises(FileNotFoundError, match="no SETTING/ARM-SEED/eval.json"):
         study["collect"](tmp_path)
+    record = {"setting": "fashion-1000", "arm": "plain", "seed": 1}
+    (tmp_path / "unmeasured.jsonl").write_text(json.dumps(record))
     with pytest.raises(ValueError, match="no acc1"):
-        study["differences"](HERE / ".study" / "others.jsonl")
-    fewer = {"setting": "fashion-1000", "arm": "plain", "seed": 1}
-    (tmp_path / "mixed.jsonl").write_text(f"{runs[0]}\n{json.dumps(fewer)}")
+        study["differences"](tmp_path / "unmeasured.jsonl")
+    (tmp_path / "mixed.jsonl").write_text(f"{runs[0]}\n{json.dumps(record)}")
     with pytest.raises(ValueError, match="its lines have different names"):
         study["table"](tmp_path / "mixed.jsonl", "plain")
     (tmp_path / "empty.jsonl").touch()

@@ -34,6 +34,7 @@ FASHION = (
 SHIFTED = FASHION.format("padded")
 # Not shifted, and the patches' places told apart from the first step on.
 TUNED = f"{FASHION.format('whole')} --pos-std 0.5"
+DISTORTED = TUNED.replace("--aa none", "--aa rand-m5")
 
 # Setting -> data set, and the options that its arms share, tuned for the plain ViT.
 SETTINGS = {
@@ -62,6 +63,13 @@ SETTINGS = {
         "fashion-mnist",
         (
             f"{TUNED} --mixup 0 --cutmix 1 --train-size 1000 --epochs 60"
+            " --warmup-epochs 5 --batch-size 16 --lr 0.0256"
+        ),
+    ),
+    "fashion-1000-tuned-long": (
+        "fashion-mnist",
+        (
+            f"{DISTORTED} --mixup 0 --cutmix 1 --train-size 1000 --epochs 300"
             " --warmup-epochs 5 --batch-size 16 --lr 0.0256"
         ),
     ),
@@ -133,6 +141,7 @@ STUDY = {
     "fashion-1000-long": arms([0.3], [0.3]),
     "fashion-1000-longer": arms([0.3], [0.3]),
     "fashion-1000-tuned": arms([0.3], [0.3]),
+    "fashion-1000-tuned-long": arms([0.3], [0.3]),
     "fashion-5000": arms([0.3], [0.01, 0.3]),
     "fashion-5000-tuned": arms([0.3], [0.3]),
     "fashion-5000-tuned-long": arms([0.3], [0.3]),
@@ -367,25 +376,38 @@ def table(path: Path, baseline: str) -> None:
 
 
 def differences(path: Path) -> None:
-    """Print tables of what is between two arms: accuracy and Jaccard indices."""
+    """Print tables of what is between two arms: of a measure, and all the settings.
+
+    Of those measures that the file of `collect` or `others` has: accuracy and Jaccard
+    indices, or how much of these belongs to the very object of an image.
+    """
     found, names = read(path)
-    for measure in ("acc1", "mass", "foreground"):
+    shown = ("acc1", "mass", "foreground", "mass_own", "foreground_own")
+    if not names & set(shown):
+        raise ValueError(f"{path} is not a file that collect made: no {shown[0]}")
+    arms_of = {
+        setting: {arm: found[setting, arm] for arm in chosen if (setting, arm) in found}
+        for setting, chosen in STUDY.items()
+    }
+    arms_of = {setting: of for setting, of in arms_of.items() if of}
+    pairs = [
+        two for two in PAIRS if any(of.keys() >= {*two} for of in arms_of.values())
+    ]
+    for measure in shown:
         if measure not in names:
-            raise ValueError(f"{path} is not a file that collect made: no {measure}")
+            continue
         title, decimals = MEASURES[measure]
-        pairs = [f"`{arm}` - `{base}`" for arm, base in PAIRS]
-        print("|", " | ".join([title, "`plain`", *pairs]), "|")
-        print("|" + " --- |" * (2 + len(PAIRS)))
-        for setting, chosen in STUDY.items():
-            if not any((setting, arm) in found for arm in chosen):
-                continue
-            cells, plain = [f"`{setting}`", ""], found.get((setting, "plain"))
-            if plain:
+        columns = [f"`{arm}` - `{base}`" for arm, base in pairs]
+        print("|", " | ".join([title, "`plain`", *columns]), "|")
+        print("|" + " --- |" * (2 + len(pairs)))
+        for setting, of in arms_of.items():
+            cells = [f"`{setting}`", ""]
+            if plain := of.get("plain"):
                 values = [plain[seed][measure] for seed in SEEDS]
                 cells[1] = spread(values, decimals)
-            for pair in PAIRS:
-                two = [found.get((setting, arm)) for arm in pair]
-                cells.append(difference(*two, measure) if all(two) else "")
+            for arm, base in pairs:
+                both = of.keys() >= {arm, base}
+                cells.append(difference(of[arm], of[base], measure) if both else "")
             print("|", " | ".join(cells), "|")
         print()
 
@@ -545,7 +567,7 @@ def main() -> None:
     path_of = {
         collect: "folder of the runs, as runs/study",
         table: "what `collect` or `others` printed",
-        differences: "what `collect` printed",
+        differences: "what `collect` or `others` printed",
         gradients: "checkpoint.pt of a run",
         others: "checkpoint.pt of a run, next to its eval.json",
     }
