@@ -12,6 +12,7 @@ mask.
 """
 
 import contextlib
+import errno
 import io
 import math
 import os
@@ -565,10 +566,23 @@ class _ArraysOnly(pickle.Unpickler):
 
 
 def _unpack(archive: Path, target: Path) -> None:
-    """Unpack whole or not at all: elsewhere first, then moved."""
+    """Unpack whole or not at all: elsewhere first, then moved.
+
+    Raises:
+        OSError: the disk is full, or the like.
+        ValueError: the archive is damaged.
+    """
     with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
-        extract_archive(str(archive), scratch)
-        (Path(scratch) / target.name).rename(target)
+        try:
+            extract_archive(str(archive), scratch)
+            (Path(scratch) / target.name).rename(target)
+        except READING_ERRORS as error:
+            if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+                raise
+            raise ValueError(
+                f"{archive} is damaged or incomplete, as an interrupted download is: "
+                f"delete it and get it again ({error})"
+            ) from error
 
 
 # The element types of a MATLAB file that hold numbers, and what they are in NumPy.

@@ -211,6 +211,8 @@ def replace(file: Path, write: Callable[[Path], object]) -> None:
     partial = file.with_name(f"{file.name}.partial")
     try:
         write(partial)
+        with partial.open("rb+") as written:  # on the disk, before the name is
+            os.fsync(written.fileno())
         partial.replace(file)
     except RuntimeError as error:  # the zip writer's word for a full disk
         raise OSError(f"{partial.name} cannot be written: {error}") from error
@@ -441,7 +443,7 @@ def mass_mask(similarity: torch.Tensor, mass: float) -> torch.Tensor:
         mass: from 0 to 1, of the attention to patches, without that to the CLS token.
 
     Returns:
-        bool (..., H, W); nothing is kept where a score is not finite.
+        bool (..., H, W); nothing is kept where a score is NaN or +inf.
     """
     attention = similarity.float().flatten(-2).softmax(-1)
     falling = attention.sort(-1, descending=True).values
@@ -949,6 +951,9 @@ def newest_checkpoint(runs: Path = Path("runs")) -> Path:
     return found[-1]
 
 
+ROWS = 4  # images in a picture
+
+
 def make_parser() -> Parser:
     parser = Parser(__doc__)
     add = parser.add_argument
@@ -987,13 +992,14 @@ def make_parser() -> Parser:
     add = parser.add_argument_group("attention").add_argument
     segmentation = f"how it covers objects; of {', '.join(MASKS)}"
     add("--segmentation", choices=MASKS, metavar=name, help=segmentation)
-    protocol = f"the dialect: {', '.join(PROTOCOLS)}"
-    add("--protocol", choices=PROTOCOLS, default="dino", metavar=name, help=protocol)
+    protocol = f"the dialect: {', '.join(PROTOCOLS)} (default: dino)"
+    add("--protocol", choices=PROTOCOLS, metavar=name, help=protocol)
     add("--attention", metavar="FILE.png", help="draw it")
     images = "on these images, of any size and aspect (default: those measured)"
     add("--images", metavar="FOLDER", help=images)
     add("--compare", metavar="FILE", help="beside that of another checkpoint")
-    add("--rows", type=whole, default=4, metavar="N", help="images in that picture")
+    rows = f"images in that picture (default: {ROWS})"
+    add("--rows", type=whole, metavar="N", help=rows)
 
     add = parser.add_argument_group("weights of others").add_argument
     add("--model", choices=MODELS, metavar=name, help=f"one of {', '.join(MODELS)}")
@@ -1031,10 +1037,17 @@ def check_arguments(args: argparse.Namespace) -> None:
     Raises:
         ValueError: one sentence.
     """
-    needs = {"images": "attention", "compare": "attention", "mce": "corruptions"}
-    for option, other in needs.items():
-        if getattr(args, option) and not getattr(args, other):
-            raise ValueError(f"--{option} needs --{other}")
+    needs = {
+        "images": ["attention"],
+        "compare": ["attention"],
+        "rows": ["attention"],
+        "protocol": ["segmentation", "attention"],
+        "mce": ["corruptions"],
+    }
+    for option, others in needs.items():
+        if getattr(args, option) and not any(getattr(args, each) for each in others):
+            raise ValueError(f"--{option} needs --{' or --'.join(others)}")
+    args.rows, args.protocol = args.rows or ROWS, args.protocol or "dino"
     if args.img_size and len(args.img_size) > 2:
         raise ValueError("--img-size takes one number, or height and width")
     if args.img_size and len(args.img_size) == 1:
@@ -1534,7 +1547,19 @@ BENCHMARK_IMAGES = {"cpu": 4, "cuda": 256, "mps": 64}  # if --batch-size is left
 
 @torch.inference_mode()
 def benchmark(device: torch.device, args: argparse.Namespace) -> None:
-    """Time `evaluate` and the forward of timm's ViT-S/16 in turn, and the Jaccard index."""
+    """Time `evaluate` and the forward of timm's ViT-S/16 in turn, and the Jaccard index.
+
+    Raises:
+        ValueError: an option is given that has no part in it.
+    """
+    usual = vars(make_parser().parse_args(["--benchmark"]))
+    of_it = {"device", "amp", "batch_size"}
+    for name, value in vars(args).items():
+        if name not in of_it and value != usual[name]:
+            option = name.replace("_", "-")
+            raise ValueError(
+                f"--benchmark is of ViT-S/16 at 224 px, without --{option}"
+            )
     count, amp = args.batch_size or BENCHMARK_IMAGES[device.type], bool(args.amp)
     images = torch.randint(256, (count, 3, 224, 224), dtype=torch.uint8, device=device)
     labels = torch.randint(1000, (count,), device=device)
@@ -1564,7 +1589,7 @@ def benchmark(device: torch.device, args: argparse.Namespace) -> None:
             with autocast(device, amp):
                 calls[name]()
             if device.type != "cpu":
-                torch.accelerator.synchronize()
+                torch.accelerator.synchronize(device)
             seconds[name].append(time.perf_counter() - start)
     say(f"ViT-S/16 on {count} images of 224x224, {'bfloat16' if amp else 'float32'}")
     say(f"{hardware(device)}, torch {torch.__version__}")

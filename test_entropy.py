@@ -785,6 +785,8 @@ def test_study_collects_its_own_runs(capsys, tmp_path: Path) -> None:
     assert found["minutes"] == pytest.approx(10)
     assert found["train_entropy_by_tenths"] == [10 * n + 5.5 for n in range(10)]
 
+    older = {name: value for name, value in header.items() if name != "pos_std"}
+    assert collect(older, epochs, {"segmentation": measured}) == found
     with pytest.raises(ValueError, match="not the study's settings: lr 0.1, not 0.0"):
         collect(header | {"lr": 0.1}, epochs, {"segmentation": measured})
     with pytest.raises(ValueError, match="ended after 99 epochs"):
@@ -1464,8 +1466,10 @@ def test_damaged_archives_leave_nothing_behind(tmp_path: Path) -> None:
         name = "cifar100" if archive.suffixes[0] == ".tar" else "fashion-mnist"
         for content in (whole[: len(whole) // 2], b"no archive"):
             archive.write_bytes(content)
-            with pytest.raises(ValueError, match="cannot be used"):
+            with pytest.raises(ValueError, match="cannot be used") as refused:
                 data.load_dataset(name, tmp_path, "train", None)
+            if name == "cifar100":
+                assert f"{archive} is damaged or incomplete" in str(refused.value)
         archive.write_bytes(whole)
         assert len(data.load_dataset(name, tmp_path, "train", None)) in (8, 20)
 
@@ -1529,6 +1533,11 @@ def test_schedules() -> None:
     assert max(sar_lambda) == sar_lambda[4] == 0.01
     args.sar_schedule = "constant"
     assert {train.rates(step, 8, args)[1] for step in range(8)} == {0.01}
+    args.epochs = 100
+    for args.lr in (0, 1e-6, 1e-5):  # the peak is below either end of the schedule
+        assert max(train.rates(step, 100, args)[0] for step in range(100)) == (
+            train.peak_lr(args)
+        )
 
 
 @needs_project
@@ -1641,6 +1650,37 @@ def test_a_full_disk_is_one_sentence(tmp_path, monkeypatch, capsys) -> None:
     command = f"train {TINY} --data-dir {tmp_path}/data --output-dir {tmp_path}/run"
     assert run(monkeypatch, command) == 2
     assert "checkpoint.pt.partial cannot be written" in capsys.readouterr().err
+
+
+@needs_project
+def test_what_a_failed_run_leaves_is_said(tmp_path, monkeypatch, capsys) -> None:
+    """Out of memory: one sentence. An error of the code: its traceback besides."""
+    write_fashion_mnist(tmp_path / "data")
+    command = f"train {TINY} --data-dir {tmp_path}/data --output-dir {tmp_path}/run"
+    assert run(monkeypatch, f"{command} --epochs 2") == 0
+    left = "holds the last good epoch, which --resume continues"
+
+    def fail(*_: object) -> NoReturn:
+        raise error
+
+    monkeypatch.setattr(train, "train", fail)
+    for error in (torch.OutOfMemoryError("2 GiB were tried"), OSError()):
+        assert run(monkeypatch, f"{command} --resume") == 2
+        assert left in capsys.readouterr().err
+    error = RuntimeError("a worker was killed")
+    with pytest.raises(RuntimeError, match="a worker was killed"):
+        run(monkeypatch, f"{command} --resume")
+    assert left in capsys.readouterr().out
+
+
+@needs_project
+@pytest.mark.parametrize("capability, amp", [((7, 5), False), ((8, 0), True)])
+def test_bfloat16_is_for_gpus_that_have_it(capability, amp, monkeypatch) -> None:
+    monkeypatch.setattr(train, "choose_device", lambda _: torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    _, args = train.parse_arguments([])
+    train.resolve(args)
+    assert args.amp == amp
 
 
 @needs_project
@@ -1809,7 +1849,7 @@ def test_two_processes_do_what_one_does(chance, alone, tmp_path, monkeypatch) ->
     assert again.returncode != 0
     assert again.stderr.count("already holds a run") == 1
     files = {file.name for file in (tmp_path / "two").iterdir()}
-    assert files == {"checkpoint.pt", "log.jsonl"}
+    assert files == {".lock", "checkpoint.pt", "log.jsonl"}
     assert run(monkeypatch, f"train {options} {tmp_path}/one {alone}") == 0
     one, two = (
         torch.load(tmp_path / name / "checkpoint.pt", weights_only=True)
@@ -1973,6 +2013,38 @@ def test_a_killed_run_is_continued(name, code, tmp_path, monkeypatch) -> None:
     for key, value in whole["model"].items():
         assert value.equal(killed["model"][key])
     assert [line["epoch"] for line in killed["log"][1:]] == list(range(1, 31))
+
+
+HOLD = """
+import sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+import train
+with train.alone_in(Path(sys.argv[2])):
+    print("held", flush=True)
+    input()
+"""
+
+
+@needs_project
+@pytest.mark.skipif(os.name != "posix", reason="locks of POSIX")
+def test_two_runs_do_not_share_a_folder(tmp_path, monkeypatch, capsys) -> None:
+    """A new run and a resumed one are refused until the other process has ended."""
+    write_fashion_mnist(tmp_path / "data")
+    folder = tmp_path / "run"
+    command = f"train {TINY} --data-dir {tmp_path}/data --output-dir {folder}"
+    other = [sys.executable, "-c", HOLD, HERE, folder]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    for options in ("", "--resume"):
+        with subprocess.Popen(other, **pipes) as process:
+            assert process.stdout.readline() == b"held\n"
+            before = sorted(folder.iterdir())
+            assert run(monkeypatch, f"{command} {options}") == 2
+            refusal = f"train.py: error: another process trains in {folder} now\n"
+            assert capsys.readouterr().err == refusal
+            assert sorted(folder.iterdir()) == before
+            process.kill()
+        assert run(monkeypatch, f"{command} {options}") == 0
 
 
 @needs_project
@@ -3044,6 +3116,8 @@ BAD_INPUT = {
     "train --lr inf": "--lr: inf is not at least 0",
     "train --output-dir used/checkpoint.pt": "used/checkpoint.pt",
     "train --finetune none.pt": "no checkpoint at none.pt",
+    "train --dataset cifar100 --finetune none.pt": "no checkpoint at none.pt",
+    "train --dataset cifar100 --output-dir used/checkpoint.pt/a": "is not a folder",
     "train --train-size 100000": "100000 images",
     "train --accumulate 9": "--accumulate exceeds an epoch's 2 batches",
     "train --device tpu": "tpu",
@@ -3052,6 +3126,9 @@ BAD_INPUT = {
     "eval --checkpoint none.pt": "no checkpoint at none.pt",
     "eval --checkpoint used/checkpoint.pt": "used/checkpoint.pt is damaged",
     "eval --rows 0": "--rows",
+    "eval --rows 4": "--rows needs --attention",
+    "eval --protocol dino": "--protocol needs --segmentation or --attention",
+    "eval --benchmark --img-size 384": "--benchmark is of ViT-S/16 at 224 px, without",
     "eval --attention none/picture.png": "none/picture.png",
     "eval --json none/numbers.json": "none/numbers.json",
     "eval --images used": "--images needs --attention",

@@ -34,6 +34,11 @@ from datetime import timedelta
 from pathlib import Path
 from typing import NoReturn
 
+try:
+    import fcntl
+except ImportError:  # on Windows
+    fcntl = None
+
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -79,7 +84,7 @@ from eval import (
     say,
     torchrun,
 )
-from model import MODELS, VisionTransformer, load_weights
+from model import MODELS, VisionTransformer, load_weights, read_checkpoint
 
 # The authors' recipe for small data sets: DeiT's, for 100 epochs.
 RECIPE = {
@@ -134,6 +139,8 @@ OTHERS_SECONDS = 5.0  # that a process waits for another one's complaint
 # What may differ when a run is resumed: how it runs, not what it is.
 MAY_DIFFER = {"data_dir", "device", "workers", "cache"}
 MAY_DIFFER |= {"compile", "finetune", "output_dir"}
+# What the settings of older runs do not name, and were.
+UNNAMED = {"world_size": 1, "pos_std": 0.02}
 
 
 def schedule(
@@ -156,11 +163,12 @@ def rates(step: int, total: int, args: argparse.Namespace) -> tuple[float, float
 
     The authors' schedules, step by step instead of epoch by epoch: lambda rises from 0
     for 10 epochs (half of a run shorter than 20) and falls to 0 by a cosine; or it is
-    constant.
+    constant. No learning rate is above the peak.
     """
-    progress = step / total
+    progress, peak = step / total, peak_lr(args)
     warmup = min(args.warmup_epochs / args.epochs, 1)
-    lr = schedule(progress, warmup, args.warmup_lr, peak_lr(args), args.min_lr)
+    first, last = min(args.warmup_lr, peak), min(args.min_lr, peak)
+    lr = schedule(progress, warmup, first, peak, last)
     if args.sar_schedule == "constant":
         return lr, args.sar_lambda
     warmup = min(SAR_WARMUP_EPOCHS / args.epochs, 0.5)
@@ -251,7 +259,8 @@ def make_parser(recipe: dict) -> Parser:
     add("--train-size", type=whole, metavar="N", help=size)
     add("--img-size", type=whole, metavar="PX", help="side of the images")
     crop = "a random area, as for ImageNet; the whole image, shifted by up to an "
-    crop += "eighth; or unshifted. If left out: padded up to 32 px, resized above"
+    crop += "eighth; or unshifted. If left out: whole for shapes, else padded up to 32 "
+    crop += "px and resized above"
     add("--crop", choices=CROPS, help=crop)
     aa = "RandAugment, M of 10, or none"
     add("--aa", type=randaugment, metavar="rand-mM", help=aa)
@@ -295,7 +304,7 @@ def make_parser(recipe: dict) -> Parser:
     accumulate += "left out"
     add("--accumulate", type=whole, metavar="N", help=accumulate)
     add("--lr", type=amount, metavar="LR", help="peak, per 512 images of a step")
-    add("--min-lr", type=amount, metavar="LR", help="at the end of the cosine")
+    add("--min-lr", type=amount, metavar="LR", help="at the end of the cosine, at most")
     add("--warmup-lr", type=amount, metavar="LR", help="at the start of the warm-up")
     add("--warmup-epochs", type=amount, metavar="N", help="epochs of linear warm-up")
     add("--weight-decay", type=amount, metavar="WD", help="of weight matrices alone")
@@ -319,7 +328,8 @@ def make_parser(recipe: dict) -> Parser:
     device = "cuda, mps or cpu; the first found, if left out; under torchrun each "
     device += "process takes a GPU of its own"
     add("--device", metavar="NAME", help=device)
-    add("--amp", action=yes_or_no, help="bfloat16; on CUDA alone, if left out")
+    amp = "bfloat16; if left out on CUDA alone, on GPUs that have it (Ampere or later)"
+    add("--amp", action=yes_or_no, help=amp)
     interval = "test after every N epochs, and after the last"
     add("--val-interval", type=whole, default=1, metavar="N", help=interval)
     add("--compile", action="store_true", help="torch.compile model and loss")
@@ -374,8 +384,8 @@ def resolve(args: argparse.Namespace) -> torch.device:
             raise ValueError(f"under torchrun --device is cuda or cpu, not {device}")
         if device.type == "cuda":
             device = choose_device(f"cuda:{torchrun('LOCAL_RANK', 0)}")
-    if args.amp is None:
-        args.amp = device.type == "cuda"
+    if args.amp is None:  # older GPUs only emulate bfloat16
+        args.amp = device.type == "cuda" and has_bfloat16(device)
     if args.workers is None:
         cores = (os.cpu_count() or 1) // torchrun("LOCAL_WORLD_SIZE", 1)
         args.workers = 0 if device.type == "cpu" else min(cores, 16)
@@ -386,6 +396,10 @@ def resolve(args: argparse.Namespace) -> torch.device:
         name = f"{args.dataset}-{args.model}-lambda{args.sar_lambda:g}-seed{args.seed}"
         args.output_dir = str(Path("runs") / name)
     return device
+
+
+def has_bfloat16(device: torch.device) -> bool:
+    return torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def settings(args: argparse.Namespace) -> dict:
@@ -421,7 +435,7 @@ def check_output_dir(
     if not (folder / "checkpoint.pt").exists():
         raise FileNotFoundError(f"there is no run to resume in {folder}")
     model, checkpoint = load_run(folder / "checkpoint.pt")
-    then = {"world_size": 1, "pos_std": 0.02} | checkpoint["settings"]  # of old runs
+    then = UNNAMED | checkpoint["settings"]
     differ = [
         f"{name} {then.get(name)} -> {now}"
         for name, now in settings(args).items()
@@ -435,13 +449,55 @@ def check_output_dir(
     return model, checkpoint
 
 
+@contextlib.contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """While it lasts, no other process trains in the folder: two would mix their files.
+
+    The lock is the system's, so it ends with the process, however that ends. Windows,
+    and some file systems over a network, have none.
+
+    Raises:
+        OSError: the folder cannot be made or written.
+        ValueError: another process trains there.
+    """
+    if rank() > 0:
+        yield
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("w") as file:
+        try:
+            if fcntl:
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            raise ValueError(f"another process trains in {folder} now") from None
+        except OSError as error:
+            say(f"{folder} cannot be locked ({error}): no other run must go there now")
+        yield
+
+
+def check_place(folder: Path) -> None:
+    """Refuse early what cannot be an output directory.
+
+    Raises:
+        ValueError: one sentence.
+    """
+    there = next(each for each in (folder, *folder.absolute().parents) if each.exists())
+    if not there.is_dir():
+        raise ValueError(f"{folder} cannot hold a run: {there} is not a folder")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise ValueError(f"{folder} cannot hold a run: {there} is not writable")
+
+
 def prepare(args: argparse.Namespace, device: torch.device) -> tuple:
     """Model, loaders and checkpoint for `train`, all checked; nothing is written.
 
     Raises:
         OSError, ValueError: one sentence on what is wrong with settings, data or files.
     """
+    check_place(Path(args.output_dir))
     model, checkpoint = check_output_dir(args)
+    # Before a data set is downloaded or listed.
+    weights = read_checkpoint(args.finetune) if args.finetune and not model else None
     options = {"crop": args.crop, "rand_augment": args.aa, "reprob": args.reprob}
     augment = train_transform(args.dataset, args.img_size, **options)
     plain = test_transform(args.img_size, crop=args.crop)
@@ -461,8 +517,8 @@ def prepare(args: argparse.Namespace, device: torch.device) -> tuple:
     if model is None:
         torch.manual_seed(args.seed)
         model = VisionTransformer(**architecture(args, len(classes)))
-        if args.finetune:
-            say(load_weights(model, args.finetune))
+        if weights is not None:
+            say(load_weights(model, weights, args.finetune))
     size = cpu_batch_size(model) if device.type == "cpu" else args.batch_size
     test_loader = make_loader(test_set, size, train=False, **options)
     if len(test_set) * 3 * args.img_size**2 <= args.cache * 1e9:
@@ -799,7 +855,7 @@ def make_step(
 
 def synchronize(device: torch.device) -> None:
     if device.type != "cpu":
-        torch.accelerator.synchronize()
+        torch.accelerator.synchronize(device)
 
 
 def matrix_rate(device: torch.device, amp: bool) -> float:
@@ -911,28 +967,35 @@ def start(args: argparse.Namespace) -> None:
     Raises:
         Refusal: it cannot be done, or no longer.
     """
-    try:
-        device = resolve(args)
-        with torch.device("meta"):  # sizes are checked before any data is read
-            VisionTransformer(**architecture(args, classes=1))
-        if args.benchmark:
-            benchmark(args, device)
-            return
-        if args.world_size > 1:
-            join_group(device)
-        parts = prepare(args, device)
-        folder = Path(args.output_dir)
-        folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()  # fails now if it is not writable
-    except (OSError, ValueError) as error:
-        raise Refusal(" ".join(str(error).split())) from error
-    say(f"writing to {folder}")
-    try:
-        train(args, device, *parts)
-    except (FloatingPointError, OSError) as error:
-        # A worker process puts its traceback first; the last line says what is wrong.
-        last = str(error).strip().splitlines()[-1]
-        raise Refusal(f"{last}; {kept(args)}") from error
+    with contextlib.ExitStack() as stack:
+        try:
+            device = resolve(args)
+            with torch.device("meta"):  # sizes are checked before any data is read
+                VisionTransformer(**architecture(args, classes=1))
+            if args.benchmark:
+                benchmark(args, device)
+                return
+            if args.world_size > 1:
+                join_group(device)
+            folder = Path(args.output_dir)
+            if args.resume and (folder / "checkpoint.pt").exists():
+                stack.enter_context(alone_in(folder))
+            parts = prepare(args, device)
+            if not args.resume:
+                stack.enter_context(alone_in(folder))
+                check_output_dir(args)  # another one may have ended meanwhile
+        except (OSError, ValueError) as error:
+            raise Refusal(" ".join(str(error).split())) from error
+        say(f"writing to {folder}")
+        try:
+            train(args, device, *parts)
+        except (FloatingPointError, OSError, torch.OutOfMemoryError) as error:
+            # A worker process puts its traceback first; the last line says what is wrong.
+            last = (str(error).strip() or repr(error)).splitlines()[-1]
+            raise Refusal(f"{last}; {kept(args)}") from error
+        except Exception:
+            say(kept(args))
+            raise
     checkpoint = folder / "checkpoint.pt"
     say(f"next: python eval.py --checkpoint {checkpoint} --attention attention.png")
     if grouped():

@@ -223,6 +223,7 @@ def summarize(folder: Path, record: dict) -> dict:
     train.resolve(args)
     lines = (folder / "log.jsonl").read_text().splitlines()
     settings, *epochs = map(json.loads, lines)
+    settings = train.UNNAMED | settings
     differ = [
         f"{key} {settings.get(key)}, not {value}"
         for key, value in train.settings(args).items()
@@ -416,7 +417,7 @@ def others(paths: list[Path]) -> None:
     """Print how much of the Jaccard indices belongs to the very object of an image.
 
     Attention that stays in the middle of all images fits objects that lie there too. So
-    the index with the object of the next test image is taken off: a line of JSON for
+    the index with the object of the test image before it is taken off: a line of JSON for
     each checkpoint, whose folder has an eval.json, for `table`.
     """
     import torch
