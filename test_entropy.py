@@ -725,7 +725,11 @@ def test_prose_of_the_study() -> None:
     def less(first: dict, second: dict) -> dict:
         return {seed: first[seed] - second[seed] for seed in study["SEEDS"]}
 
-    figures = set()
+    def images(setting: str) -> list[str]:
+        """Data set and number; seeds choose the same ones in other such settings."""
+        return setting.split("-")[:2]
+
+    figures, settings = set(), {setting for setting, _ in found}
     for (setting, arm), of_arm in found.items():
         for measure, values in of_arm.items():
             decimals = study["MEASURES"][measure][1]
@@ -735,9 +739,9 @@ def test_prose_of_the_study() -> None:
                     continue
                 gain = less(values, of_other[measure])
                 figures.add(study["interval"]([*gain.values()], decimals))
-                for longer in (f"{setting}-long", f"{setting}-longer"):
-                    two = [found.get((longer, each)) for each in (arm, other)]
-                    if all(two):
+                for elsewhere in settings:
+                    two = [found.get((elsewhere, each)) for each in (arm, other)]
+                    if all(two) and images(elsewhere) == images(setting):
                         gain_there = less(*(each[measure] for each in two))
                         change = less(gain_there, gain).values()
                         figures.add(study["interval"]([*change], decimals))
