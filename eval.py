@@ -1320,7 +1320,7 @@ class Evaluation:
             other = model.img_size != (protocol.size, protocol.size)
             other = f", not its {protocol.size}x{protocol.size}" if other else ""
             void = "counted as background" if protocol.void_counts else "left out"
-            share = f"{100 * protocol.mass:.0f} % of the mass"
+            share = f"{100 * protocol.mass:.0f} % of the attention"
             say(f"{name}, {split} split, {self.where}")
             say(
                 f"protocol {args.protocol}: input {self.trained.size(model)}{other}, "
@@ -1331,7 +1331,7 @@ class Evaluation:
             heads = range(len(result["entropy_per_head"]))
             columns = ["best", *(f"head {head + 1}" for head in heads)]
             say_row("Jaccard index (%)", columns)
-            for key, label in {"mass": share, "mean": "similarity > its mean"}.items():
+            for key, label in {"mass": share, "mean": "S > mean"}.items():
                 row = [result[f"jaccard_{key}"], *result[f"jaccard_{key}_per_head"]]
                 say_row(label, [f"{value:.2f}" for value in row])
             say_attention(result)

@@ -1662,7 +1662,7 @@ def test_what_a_failed_run_leaves_is_said(tmp_path, monkeypatch, capsys) -> None
     write_fashion_mnist(tmp_path / "data")
     command = f"train {TINY} --data-dir {tmp_path}/data --output-dir {tmp_path}/run"
     assert run(monkeypatch, f"{command} --epochs 2") == 0
-    left = "holds the last good epoch, which --resume continues"
+    left = "holds the last good epoch; the same command with --resume goes on"
 
     def fail(*_: object) -> NoReturn:
         raise error
@@ -2004,7 +2004,7 @@ def test_a_killed_run_is_continued(name, code, tmp_path, monkeypatch) -> None:
         os.killpg(process.pid, getattr(signal, f"SIG{name}"))
         output, _ = process.communicate(timeout=60)
     assert process.returncode == code
-    assert ("holds the last good epoch, which --resume" in output) == (name != "KILL")
+    assert ("holds the last good epoch" in output) == (name != "KILL")
     assert 0 < torch.load(folder / "checkpoint.pt", weights_only=True)["epoch"] < 30
     if name != "KILL":
         return
@@ -2462,7 +2462,7 @@ def test_segmentation_of_voc(protocol, tmp_path, monkeypatch, capsys) -> None:
     assert (found["images"], found["images_with_objects"], count) == (2, 1, 1)
     output = capsys.readouterr().out
     void = "counted as background" if rule.void_counts else "left out"
-    mass = f"{round(100 * rule.mass)} % of the mass"
+    mass = f"{round(100 * rule.mass)} % of the attention"
     size = "64x64 pixels (position embedding resized 3x5 -> 8x8)"
     assert f"protocol {protocol}: input {size}, {mass}, void pixels {void}" in output
     assert f"{best:.2f}" in output
@@ -2547,6 +2547,41 @@ def test_study_of_the_objects_of_others(tmp_path, monkeypatch, capsys) -> None:
     own = found["segmentation"]["jaccard_mean"]
     assert record["foreground_other"] == pytest.approx(other, abs=1e-3)
     assert record["foreground_own"] == pytest.approx(own - other, abs=1e-3)
+
+
+@needs_project
+def test_study_of_masks_that_no_model_made(tmp_path, monkeypatch, capsys) -> None:
+    """Each against its slow twin; pixels are all of an object, and one mask fits any."""
+    monkeypatch.setattr(data, "SHAPES_COUNT", {"train": 8, "test": 8})
+    write_fashion_mnist(tmp_path)
+    study = runpy.run_path(str(HERE / ".study" / "study.py"))
+    study["references"](str(tmp_path))
+    *_, fashion, shapes = capsys.readouterr().out.splitlines()
+    assert fashion.split(" | ")[:2] == ["| fashion-mnist", "14x14"]
+    cells = [cell.split(", ") for cell in shapes.strip("| ").split(" | ")[2:]]
+    (every, _), (one, one_own), (patches, patches_own), (pixels, _) = [
+        map(float, cell) for cell in cells
+    ]
+    masks = torch.stack([mask for _, mask in data.load_masks("shapes", "", (56, 56))])
+    covered = torch.nn.functional.avg_pool2d(masks[:, None].float(), 8)
+
+    def index(kept: torch.Tensor, masks: torch.Tensor) -> float:
+        return slow_segment(kept.float(), masks, lambda scores: scores > 0, False)[0]
+
+    def best(covered: torch.Tensor) -> tuple[float, float]:
+        """With the own object, and that less the one with the object before."""
+        tried = [(covered > share / 20).float() for share in range(1, 20)]
+        own, kept = max(
+            ((index(each, masks), each) for each in tried), key=lambda two: two[0]
+        )
+        return own, own - index(kept, masks.roll(1, 0))
+
+    whole = covered.mean(0, keepdim=True).expand_as(covered)
+    assert every == pytest.approx(index(torch.ones_like(covered), masks), abs=0.1)
+    assert (one, one_own) == pytest.approx(best(whole), abs=0.1)
+    assert (patches, patches_own) == pytest.approx(best(covered), abs=0.1)
+    assert pixels == 100 > patches > one > every > 0
+    assert patches_own > abs(one_own)
 
 
 @needs_project

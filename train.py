@@ -1017,8 +1017,8 @@ def kept(args: argparse.Namespace) -> str:
         return "nothing was written"
     checkpoint = Path(args.output_dir) / "checkpoint.pt"
     if checkpoint.exists():
-        return f"{checkpoint} holds the last good epoch, which --resume continues"
-    return "no epoch was finished"
+        return f"{checkpoint} holds the last good epoch; the same command with --resume goes on"
+    return "no epoch was finished, so there is none to resume"
 
 
 def main() -> None:

@@ -6,6 +6,7 @@ python .study/study.py collect runs/study   # what was measured, a line of JSON 
 python .study/study.py table .study/results.jsonl --baseline surgery
 python .study/study.py differences .study/results.jsonl
 python .study/study.py others runs/study/*/plain-*/checkpoint.pt
+python .study/study.py references
 python .study/study.py gradients runs/study/fashion-1000/plain-0/checkpoint.pt
 python .study/study.py linear
 
@@ -17,6 +18,7 @@ import argparse
 import itertools
 import json
 import math
+import signal
 import statistics
 import sys
 from pathlib import Path
@@ -35,6 +37,7 @@ SHIFTED = FASHION.format("padded")
 # Not shifted, and the patches' places told apart from the first step on.
 TUNED = f"{FASHION.format('whole')} --pos-std 0.5"
 DISTORTED = TUNED.replace("--aa none", "--aa rand-m5")
+FINER = TUNED.replace("--patch-size 4", "--patch-size 2")  # 14x14 patches
 
 # Setting -> data set, and the options that its arms share, tuned for the plain ViT.
 SETTINGS = {
@@ -63,6 +66,13 @@ SETTINGS = {
         "fashion-mnist",
         (
             f"{TUNED} --mixup 0 --cutmix 1 --train-size 1000 --epochs 60"
+            " --warmup-epochs 5 --batch-size 16 --lr 0.0256"
+        ),
+    ),
+    "fashion-1000-tuned-14x14": (
+        "fashion-mnist",
+        (
+            f"{FINER} --mixup 0 --cutmix 1 --train-size 1000 --epochs 60"
             " --warmup-epochs 5 --batch-size 16 --lr 0.0256"
         ),
     ),
@@ -141,6 +151,7 @@ STUDY = {
     "fashion-1000-long": arms([0.3], [0.3]),
     "fashion-1000-longer": arms([0.3], [0.3]),
     "fashion-1000-tuned": arms([0.3], [0.3]),
+    "fashion-1000-tuned-14x14": arms([0.3], [0.01, 0.3]),
     "fashion-1000-tuned-long": arms([0.3], [0.3]),
     "fashion-5000": arms([0.3], [0.01, 0.3]),
     "fashion-5000-tuned": arms([0.3], [0.3]),
@@ -510,6 +521,55 @@ def gradients(path: Path) -> None:
         print(f", 0.01 H to cross-entropy {0.01 * second / first:.5f}")
 
 
+def references(data_dir: str = "data") -> None:
+    """Print the Jaccard indices of masks that no model made, to compare with, as a table.
+
+    Of every patch; of one mask for all images, the patches covered most on average; of
+    the patches covered most by the object itself, which is about the best that a mask of
+    patches can reach; and of its very pixels. How much is covered most is the best of 19
+    shares of a patch for the test images. In percent, and what is left of the index when
+    that with the object of the test image before is subtracted, as in `others`.
+    """
+    import torch
+    from torch.nn.functional import avg_pool2d
+
+    import data
+    from eval import jaccard
+
+    columns = ["test images", "patches", "every patch", "one mask for all images"]
+    columns += ["the object's own patches", "its pixels"]
+    print("|", " | ".join(columns), "|")
+    print("|" + " --- |" * len(columns))
+    for dataset, size, patch in (
+        ("fashion-mnist", 28, 4),
+        ("fashion-mnist", 28, 2),
+        ("shapes", data.SHAPES_SIZE, 8),
+    ):
+        masked = data.load_masks(dataset, data_dir, (size, size))
+        loader = data.make_loader(masked, len(masked), **WHOLE)
+        masks = next(iter(loader))[1]  # 0 background, 1 object
+        covered = avg_pool2d(masks[:, None].float(), patch)
+        on_average = covered.mean(0, keepdim=True).expand_as(covered)
+
+        def index(masks: torch.Tensor, patches: torch.Tensor) -> list[float]:
+            """Of each of the masks, bool (n, masks, H, W), over the images."""
+            return (100 * jaccard(patches, masks, 1, False)[0].mean((0, 2))).tolist()
+
+        shares = torch.arange(1, 20) / 20
+        cells = [dataset, f"{size // patch}x{size // patch}"]
+        for chosen in (
+            torch.ones_like(covered).bool(),
+            on_average > shares.view(1, -1, 1, 1),
+            covered > shares.view(1, -1, 1, 1),
+            masks[:, None].bool(),
+        ):
+            found = index(masks, chosen)
+            best = found.index(max(found))
+            other = index(masks.roll(1, 0), chosen[:, [best]])[0]
+            cells.append(f"{cut(found[best], 1)}, {cut(found[best] - other, 1, '+')}")
+        print("|", " | ".join(cells), "|")
+
+
 def linear(data_dir: str = "data", sizes: tuple[int, ...] = (1000, 5000)) -> None:
     """Print the test accuracy of logistic regression by the pixels of Fashion-MNIST.
 
@@ -572,7 +632,16 @@ def main() -> None:
         gradients: "checkpoint.pt of a run",
         others: "checkpoint.pt of a run, next to its eval.json",
     }
-    acts = (commands, collect, table, differences, others, gradients, linear)
+    acts = (
+        commands,
+        collect,
+        table,
+        differences,
+        others,
+        references,
+        gradients,
+        linear,
+    )
     for act in acts:
         what = act.__doc__.splitlines()[0]
         action = actions.add_parser(act.__name__, help=what, description=what)
@@ -585,6 +654,7 @@ def main() -> None:
             action.add_argument("--baseline", choices=choices, default="plain")
         action.set_defaults(act=act)
     given = vars(parser.parse_args())
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends it without a word
     given.pop("action")
     try:
         given.pop("act")(**given)
