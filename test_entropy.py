@@ -750,8 +750,9 @@ def test_prose_of_the_study() -> None:
                 gain = less(values, of_other[measure])
                 figures.add(study["interval"]([*gain.values()], decimals))
                 for elsewhere in settings:
-                    two = [found.get((elsewhere, each)) for each in (arm, other)]
-                    if all(two) and images(elsewhere) == images(setting):
+                    two = [found.get((elsewhere, each), {}) for each in (arm, other)]
+                    known = all(measure in each for each in two)
+                    if known and images(elsewhere) == images(setting):
                         gain_there = less(*(each[measure] for each in two))
                         change = less(gain_there, gain).values()
                         figures.add(study["interval"]([*change], decimals))
