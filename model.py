@@ -363,7 +363,8 @@ def read_checkpoint(path: str | os.PathLike) -> Mapping:
         raise
     except pickle.UnpicklingError as error:
         raise ValueError(
-            f"{path} is damaged, is not a checkpoint, or holds more than tensors and plain values"
+            f"{path} is damaged, is not a checkpoint, "
+            "or holds more than tensors and plain values"
         ) from error
     except Exception as error:  # garbage makes the unpickler raise anything
         raise ValueError(f"{path} is damaged or not a checkpoint") from error

@@ -1017,7 +1017,10 @@ def kept(args: argparse.Namespace) -> str:
         return "nothing was written"
     checkpoint = Path(args.output_dir) / "checkpoint.pt"
     if checkpoint.exists():
-        return f"{checkpoint} holds the last good epoch; the same command with --resume continues it"
+        return (
+            f"{checkpoint} holds the last good epoch; "
+            "the same command with --resume continues it"
+        )
     return "no epoch was finished, so there is none to resume"
 
 

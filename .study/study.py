@@ -35,10 +35,11 @@ FASHION = (
     " --smoothing 0 --drop-path 0 --no-model-ema"
 )
 SHIFTED = FASHION.format(4, "padded", "none")
-# Not shifted, and the patches' places told apart from the first step on.
-TUNED = FASHION.format(4, "whole", "none") + " --pos-std 0.5"
-DISTORTED = FASHION.format(4, "whole", "rand-m5") + " --pos-std 0.5"
-FINER = FASHION.format(2, "whole", "none") + " --pos-std 0.5"  # 14x14 patches
+# The patches' places told apart from the first step on; and images not shifted.
+PLACED = f"{FASHION} --pos-std 0.5"
+TUNED = PLACED.format(4, "whole", "none")
+DISTORTED = PLACED.format(4, "whole", "rand-m5")
+FINER = PLACED.format(2, "whole", "none")  # 14x14 patches
 
 # Setting -> data set, and the options that its arms share, tuned for the plain ViT.
 SETTINGS = {
