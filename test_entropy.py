@@ -726,6 +726,12 @@ def test_prose_of_the_study() -> None:
             of_arm = found.setdefault((run["setting"], arm), {})
             for measure in decimals_of.keys() & run.keys():
                 of_arm.setdefault(measure, {})[run["seed"]] = run[measure]
+    for arm, of_arm in found.items():
+        found[arm] = {
+            measure: values
+            for measure, values in of_arm.items()
+            if values.keys() == set(study["SEEDS"])
+        }
 
     def less(first: dict, second: dict) -> dict:
         return {seed: first[seed] - second[seed] for seed in study["SEEDS"]}

@@ -85,6 +85,13 @@ SETTINGS = {
             " --warmup-epochs 5 --batch-size 16 --lr 0.0256"
         ),
     ),
+    "fashion-1000-tuned-longer": (
+        "fashion-mnist",
+        (
+            f"{DISTORTED} --mixup 0 --cutmix 1 --train-size 1000 --epochs 800"
+            " --warmup-epochs 5 --batch-size 16 --lr 0.0256"
+        ),
+    ),
     "fashion-5000": (
         "fashion-mnist",
         (
@@ -155,6 +162,7 @@ STUDY = {
     "fashion-1000-tuned": arms([0.3], [0.3]),
     "fashion-1000-tuned-14x14": arms([0.3], [0.01, 0.3]),
     "fashion-1000-tuned-long": arms([0.3], [0.3]),
+    "fashion-1000-tuned-longer": arms([0.3], [0.3]),
     "fashion-5000": arms([0.3], [0.01, 0.3]),
     "fashion-5000-tuned": arms([0.3], [0.3]),
     "fashion-5000-tuned-long": arms([0.3], [0.3]),
