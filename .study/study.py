@@ -138,6 +138,10 @@ SETTINGS = {
         "shapes",
         "--crop padded --epochs 10 --warmup-epochs 1 --batch-size 16 --lr 0.0128",
     ),
+    "shapes-10000-long": (
+        "shapes",
+        "--crop padded --epochs 80 --warmup-epochs 1 --batch-size 16 --lr 0.0128",
+    ),
 }
 
 
@@ -170,6 +174,7 @@ STUDY = {
     "shapes-1000-long": arms([0.3], [0.01, 0.3]),
     "shapes-1000-longer": arms([0.3], [0.3]),
     "shapes-10000": arms([0.3], [0.3]),
+    "shapes-10000-long": arms([0.3], [0.3]),
 }
 
 # A loader of images as they are, in this process.
