@@ -436,7 +436,8 @@ def main() -> None:
 def benchmark(device: torch.device) -> None:
     """Print how long each way takes, on random maps of several grids."""
     on_cpu = device.type == "cpu"
-    images, repeats = 128 if on_cpu else 512, 20
+    images = 128 if on_cpu else 512
+    least, most, seconds = 5, 20, 20.0  # calls of each way; seconds until the least do
     hardware = torch.backends.cpu.get_cpu_capability()
     if device.type == "cuda":
         hardware = torch.cuda.get_device_name(device)
@@ -472,7 +473,10 @@ def benchmark(device: torch.device) -> None:
                 print(f"left out: {name}, as {str(error).splitlines()[0]}")
                 del calls[name], ways[name]
         times = {name: [] for name in calls}
-        for _ in range(repeats):  # in turn
+        end = time.perf_counter() + seconds
+        for turn in range(most):
+            if turn >= least and time.perf_counter() > end:
+                break
             for name, call in calls.items():
                 start = time.perf_counter()
                 call()
@@ -481,7 +485,8 @@ def benchmark(device: torch.device) -> None:
                 times[name].append(time.perf_counter() - start)
         if side == 14:
             print(
-                f"ms for {images} images x 6 heads, medians of {repeats} calls in turn;"
+                f"ms for {images} images x 6 heads, "
+                f"medians of {least} to {most} calls in turn;"
             )
             print("labels of the connected components, and the loss with its gradient")
             for words in zip(*(name.split() for name in calls)):

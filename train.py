@@ -948,7 +948,7 @@ def take_signal(number: int, _: object) -> NoReturn:
     for each in (signal.SIGINT, signal.SIGTERM):
         signal.signal(each, signal.SIG_IGN)
     if hasattr(signal, "SIGCHLD"):  # workers that the same signal ended
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        signal.signal(signal.SIGCHLD, lambda *_: None)
     raise KeyboardInterrupt
 
 

@@ -40,6 +40,7 @@ PLACED = f"{FASHION} --pos-std 0.5"
 TUNED = PLACED.format(4, "whole", "none")
 DISTORTED = PLACED.format(4, "whole", "rand-m5")
 FINER = PLACED.format(2, "whole", "none")  # 14x14 patches
+LARGER = FINER.replace("vit_mini", "vit_small")
 
 # Setting -> data set, and the options that its arms share, tuned for the plain ViT.
 SETTINGS = {
@@ -113,6 +114,13 @@ SETTINGS = {
             " --warmup-epochs 1 --batch-size 16 --lr 0.0256"
         ),
     ),
+    "fashion-60000-small-14x14": (
+        "fashion-mnist",
+        (
+            f"{LARGER} --mixup 0 --cutmix 0 --epochs 1 --warmup-epochs 0.1"
+            " --batch-size 128 --lr 0.002 --amp"
+        ),
+    ),
     "shapes-1000": (
         "shapes",
         (
@@ -145,6 +153,9 @@ SETTINGS = {
 }
 
 
+ON_GPU = {"fashion-60000-small-14x14"}
+
+
 def arms(alone: list[float], both: list[float]) -> dict[str, str]:
     """Name -> options: the plain ViT, each of the two changes by itself, and SAR.
 
@@ -170,6 +181,7 @@ STUDY = {
     "fashion-5000": arms([0.3], [0.01, 0.3]),
     "fashion-5000-tuned": arms([0.3], [0.3]),
     "fashion-5000-tuned-long": arms([0.3], [0.3]),
+    "fashion-60000-small-14x14": arms([0.3], [0.3]),
     "shapes-1000": arms([0.01, 0.3], [0.01, 0.1, 0.3]),
     "shapes-1000-long": arms([0.3], [0.01, 0.3]),
     "shapes-1000-longer": arms([0.3], [0.3]),
@@ -202,11 +214,11 @@ PAIRS = [
 
 
 def train_options(setting: str, arm: str, seed: int) -> str:
-    """Those of a run, but for where it is kept."""
+    """Those of a run, but for its device and where it is kept."""
     dataset, shared = SETTINGS[setting]
     return (
         f"--dataset {dataset} {shared} {STUDY[setting][arm]}"
-        f" --val-interval 1000 --device cpu --seed {seed}"
+        f" --val-interval 1000 --seed {seed}"
     )
 
 
@@ -214,15 +226,16 @@ def commands() -> None:
     """Print a line for each run: train, or go on, and measure; nothing if that is done."""
     for setting, chosen in STUDY.items():
         dataset, _ = SETTINGS[setting]
+        device = f"--device {'cuda' if setting in ON_GPU else 'cpu'}"
         for seed in SEEDS:
             for arm in chosen:
                 run = f"runs/study/{setting}/{arm}-{seed}"
                 print(
                     f"[ -e {run}/eval.json ] || {{",
-                    f"python train.py {train_options(setting, arm, seed)}",
+                    f"python train.py {train_options(setting, arm, seed)} {device}",
                     f"--output-dir {run}",
                     f"$([ -e {run}/checkpoint.pt ] && echo --resume) &&",
-                    f"python eval.py --checkpoint {run}/checkpoint.pt --device cpu",
+                    f"python eval.py --checkpoint {run}/checkpoint.pt {device}",
                     f"--segmentation {dataset} --json {run}/eval.json; }}",
                 )
 
@@ -245,7 +258,8 @@ def summarize(folder: Path, record: dict) -> dict:
     """
     import train
 
-    _, args = train.parse_arguments(train_options(**record).split())
+    options = f"{train_options(**record)} --device cpu"  # which may differ
+    _, args = train.parse_arguments(options.split())
     train.resolve(args)
     lines = (folder / "log.jsonl").read_text().splitlines()
     settings, *epochs = map(json.loads, lines)
@@ -439,17 +453,17 @@ def differences(path: Path) -> None:
         print()
 
 
-def others(paths: list[Path]) -> None:
+def others(paths: list[Path], device: str = "cpu") -> None:
     """Print how much of the Jaccard indices belongs to the very object of an image.
 
     Attention that stays in the middle of all images fits objects that lie there too. So
     the index with the object of the test image before it is taken off: a line of JSON for
-    each checkpoint, whose folder has an eval.json, for `table`.
+    each checkpoint, whose folder has an eval.json, for `table`. In its precision.
     """
-    import torch
-
     import data
-    from eval import PROTOCOLS, load_run, segment
+    from eval import PROTOCOLS, choose_device, load_run, segment
+
+    device = choose_device(device)
 
     for path in paths:
         if not path.is_file():
@@ -457,9 +471,9 @@ def others(paths: list[Path]) -> None:
         name(path.parent)
         if not (measured := path.parent / "eval.json").is_file():
             raise FileNotFoundError(f"no {measured}: eval.py --segmentation makes it")
-    device = torch.device("cpu")
     for path in paths:
-        record, measured = name(path.parent), path.parent / "eval.json"
+        record = name(path.parent)
+        measured = json.loads((path.parent / "eval.json").read_text())
         model, saved = load_run(path)
         settings = saved["settings"]
         dataset = settings["dataset"]
@@ -469,15 +483,15 @@ def others(paths: list[Path]) -> None:
         source = data.DATASETS[dataset]
         normalize = data.normalizer(source.mean, source.std, device)
         result = segment(
-            model,
+            model.to(device),
             exchanged,
             normalize,
             device,
-            False,
+            measured["precision"] == "bfloat16",
             PROTOCOLS["dino"],
             masked.objects,
         )
-        own = json.loads(measured.read_text())["segmentation"]
+        own = measured["segmentation"]
         for key, of in {"mass": "jaccard_mass", "foreground": "jaccard_mean"}.items():
             record |= {f"{key}_own": own[of] - result[of], f"{key}_other": result[of]}
         print(json.dumps(record), flush=True)
@@ -678,6 +692,8 @@ def main() -> None:
         action = actions.add_parser(act.__name__, help=what, description=what)
         if act is others:
             action.add_argument("paths", type=Path, nargs="+", help=path_of[act])
+            devices = {"choices": ("cpu", "cuda"), "default": "cpu"}
+            action.add_argument("--device", **devices)
         elif act in path_of:
             action.add_argument("path", type=Path, help=path_of[act])
         if act is table:
