@@ -947,7 +947,9 @@ def take_signal(number: int, _: object) -> NoReturn:
     signals.append(number)
     for each in (signal.SIGINT, signal.SIGTERM):
         signal.signal(each, signal.SIG_IGN)
-    if hasattr(signal, "SIGCHLD"):  # workers that the same signal ended
+    # Workers that the same signal ended. Not SIG_DFL: Python reports a signal that has
+    # come, but has lost its handler by the time it is to be handled.
+    if hasattr(signal, "SIGCHLD"):
         signal.signal(signal.SIGCHLD, lambda *_: None)
     raise KeyboardInterrupt
 

@@ -42,7 +42,8 @@ DISTORTED = PLACED.format(4, "whole", "rand-m5")
 FINER = PLACED.format(2, "whole", "none")  # 14x14 patches
 LARGER = FINER.replace("vit_mini", "vit_small")
 
-# Setting -> data set, and the options that its arms share, tuned for the plain ViT.
+# Setting -> data set, and the options that its arms share, tuned for the plain ViT, but
+# for those of the ViT-S.
 SETTINGS = {
     "fashion-1000": (
         "fashion-mnist",
@@ -453,27 +454,32 @@ def differences(path: Path) -> None:
         print()
 
 
-def others(paths: list[Path], device: str = "cpu") -> None:
+def others(paths: list[Path]) -> None:
     """Print how much of the Jaccard indices belongs to the very object of an image.
 
     Attention that stays in the middle of all images fits objects that lie there too. So
     the index with the object of the test image before it is taken off: a line of JSON for
-    each checkpoint, whose folder has an eval.json, for `table`. In its precision.
+    each checkpoint, whose folder has an eval.json, for `table`. On the kind of device
+    that this names, CPU or CUDA, and in its precision.
     """
     import data
     from eval import PROTOCOLS, choose_device, load_run, segment
 
-    device = choose_device(device)
-
+    runs = []
     for path in paths:
         if not path.is_file():
             raise FileNotFoundError(f"no {path}")
-        name(path.parent)
-        if not (measured := path.parent / "eval.json").is_file():
-            raise FileNotFoundError(f"no {measured}: eval.py --segmentation makes it")
-    for path in paths:
-        record = name(path.parent)
-        measured = json.loads((path.parent / "eval.json").read_text())
+        record, file = name(path.parent), path.parent / "eval.json"
+        if not file.is_file():
+            raise FileNotFoundError(f"no {file}: eval.py --segmentation makes it")
+        measured = json.loads(file.read_text())
+        for key in ("segmentation", "precision", "device"):
+            if key not in measured:
+                raise ValueError(f"{file} has no {key!r}")
+        on_cpu = measured["device"].startswith("cpu")
+        device = choose_device("cpu" if on_cpu else "cuda")
+        runs.append((path, record, measured, device))
+    for path, record, measured, device in runs:
         model, saved = load_run(path)
         settings = saved["settings"]
         dataset = settings["dataset"]
@@ -692,8 +698,6 @@ def main() -> None:
         action = actions.add_parser(act.__name__, help=what, description=what)
         if act is others:
             action.add_argument("paths", type=Path, nargs="+", help=path_of[act])
-            devices = {"choices": ("cpu", "cuda"), "default": "cpu"}
-            action.add_argument("--device", **devices)
         elif act in path_of:
             action.add_argument("path", type=Path, help=path_of[act])
         if act is table:
