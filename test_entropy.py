@@ -630,6 +630,7 @@ def test_study(capsys, tmp_path: Path) -> None:
         asked = evaluation.make_parser().parse_args(parts[2].split()[1:])
         assert str(asked.checkpoint) == f"{settings.output_dir}/checkpoint.pt"
         assert asked.json.startswith(settings.output_dir)
+        assert settings.device == asked.device == ("cuda" if settings.amp else "cpu")
         assert settings.output_dir.endswith(f"-{settings.seed}")
     readme = (HERE / "README.md").read_text(encoding="utf-8")
     unwrapped = readme.replace(" \\\n   ", "")
