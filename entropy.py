@@ -437,7 +437,7 @@ def benchmark(device: torch.device) -> None:
     """Print how long each way takes, on random maps of several grids."""
     on_cpu = device.type == "cpu"
     images = 128 if on_cpu else 512
-    least, most, seconds = 5, 20, 20.0  # calls of each way; seconds until the least do
+    least, most, seconds = 5, 20, 20.0  # calls of each way; when the least are enough
     hardware = torch.backends.cpu.get_cpu_capability()
     if device.type == "cuda":
         hardware = torch.cuda.get_device_name(device)

@@ -2542,20 +2542,6 @@ def test_study_of_the_objects_of_others(tmp_path, monkeypatch, capsys) -> None:
     study = runpy.run_path(str(HERE / ".study" / "study.py"))
     study["others"]([run_folder / "run.pt"])
     record = json.loads(capsys.readouterr().out)
-
-    asked = []
-    monkeypatch.setattr(evaluation, "choose_device", asked.append)
-    monkeypatch.setattr(evaluation, "load_run", lambda _: 1 / 0)
-    for changed in ({}, {"device": "NVIDIA H200"}):
-        (run_folder / "eval.json").write_text(json.dumps(found | changed))
-        with pytest.raises(ZeroDivisionError):
-            study["others"]([run_folder / "run.pt"])
-    assert asked == ["cpu", "cuda"]
-    for key in ("segmentation", "precision", "device"):
-        rest = {name: value for name, value in found.items() if name != key}
-        (run_folder / "eval.json").write_text(json.dumps(rest))
-        with pytest.raises(ValueError, match=f"has no '{key}'"):
-            study["others"]([run_folder / "run.pt"])
     assert (record["setting"], record["arm"], record["seed"]) == (
         "shapes-1000",
         "plain",
@@ -2581,6 +2567,20 @@ def test_study_of_the_objects_of_others(tmp_path, monkeypatch, capsys) -> None:
     own = found["segmentation"]["jaccard_mean"]
     assert record["foreground_other"] == pytest.approx(other, abs=1e-3)
     assert record["foreground_own"] == pytest.approx(own - other, abs=1e-3)
+
+    asked = []
+    monkeypatch.setattr(evaluation, "choose_device", asked.append)
+    monkeypatch.setattr(evaluation, "load_run", lambda _: 1 / 0)
+    for changed in ({}, {"device": "NVIDIA H200"}):
+        (run_folder / "eval.json").write_text(json.dumps(found | changed))
+        with pytest.raises(ZeroDivisionError):
+            study["others"]([run_folder / "run.pt"])
+    assert asked == ["cpu", "cuda"]
+    for key in ("segmentation", "precision", "device"):
+        rest = {name: value for name, value in found.items() if name != key}
+        (run_folder / "eval.json").write_text(json.dumps(rest))
+        with pytest.raises(ValueError, match=f"has no '{key}'"):
+            study["others"]([run_folder / "run.pt"])
 
 
 @needs_project
