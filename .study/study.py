@@ -115,6 +115,13 @@ SETTINGS = {
             " --warmup-epochs 1 --batch-size 16 --lr 0.0256"
         ),
     ),
+    "fashion-5000-tuned-longer": (
+        "fashion-mnist",
+        (
+            f"{DISTORTED} --mixup 0 --cutmix 1 --train-size 5000 --epochs 256"
+            " --warmup-epochs 1 --batch-size 16 --lr 0.0256"
+        ),
+    ),
     "fashion-60000-small-14x14": (
         "fashion-mnist",
         (
@@ -180,6 +187,7 @@ STUDY = {
     "fashion-5000": arms([0.3], [0.01, 0.3]),
     "fashion-5000-tuned": arms([0.3], [0.3]),
     "fashion-5000-tuned-long": arms([0.3], [0.3]),
+    "fashion-5000-tuned-longer": arms([0.3], [0.3]),
     "fashion-60000-small-14x14": arms([0.3], [0.3]),
     "shapes-1000": arms([0.01, 0.3], [0.01, 0.1, 0.3]),
     "shapes-1000-long": arms([0.3], [0.01, 0.3]),
