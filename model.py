@@ -203,7 +203,8 @@ class VisionTransformer(nn.Module):
         qkv_bias: whether the query, key and value projection has a bias.
         drop_path: stochastic depth, rising linearly from 0 in the first block to this
             in the last.
-        last_skip: whether the last attention has a skip connection; not so in SAR.
+        last_skip: whether the last attention has a skip connection, and a LayerNorm
+            after it; not so in SAR.
         pool: "cls" classifies the CLS token. "mean" has no CLS token and classifies the
             mean of the patch tokens; its map is the mean of the patch queries' maps.
         init_std: of the linear layers' initial weights. DeiT's 0.02 is for widths of

@@ -707,7 +707,7 @@ def test_study(capsys, tmp_path: Path) -> None:
 
 
 @needs_project
-def test_prose_of_the_study() -> None:
+def test_figures_of_the_study() -> None:
     """Every figure with an interval or deviation in the README is measured."""
     study = runpy.run_path(str(HERE / ".study" / "study.py"))
     decimals_of = {measure: of[1] for measure, of in study["MEASURES"].items()}
@@ -764,10 +764,12 @@ def test_prose_of_the_study() -> None:
                         change = less(gain_there, gain).values()
                         figures.add(study["interval"]([*change], decimals))
     figures = {figure.lstrip("+-") for figure in figures}
-    words = " ".join((HERE / "README.md").read_text(encoding="utf-8").split())
-    said = re.findall(r"\d+\.\d+ ± \d+\.\d+", words)
-    assert len(said) > 30
-    assert set(said) <= figures
+    lines = (HERE / "README.md").read_text(encoding="utf-8").splitlines()
+    for in_table in (True, False):
+        text = " ".join(line for line in lines if line.startswith("|") == in_table)
+        said = re.findall(r"\d+\.\d+ ± \d+\.\d+", " ".join(text.split()))
+        assert len(said) > 30
+        assert set(said) <= figures
 
 
 @needs_project

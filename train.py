@@ -293,8 +293,8 @@ def make_parser(recipe: dict) -> Parser:
     add("--sar-lambda", type=amount, default=0.01, metavar="L", help=sar_lambda)
     shape = "lambda rises and falls, or is constant from the first step to the last"
     add("--sar-schedule", choices=("cosine", "constant"), default="cosine", help=shape)
-    last_skip = "skip connection around the last attention; if left out the paper's "
-    last_skip += "pairing, kept only if lambda is 0"
+    last_skip = "skip connection around the last attention and LayerNorm after it; if "
+    last_skip += "left out the paper's pairing, kept only if lambda is 0"
     add("--last-skip", action=yes_or_no, help=last_skip)
 
     add = parser.add_argument_group("optimization").add_argument
