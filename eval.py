@@ -1360,6 +1360,10 @@ class Evaluation:
                 for trained in self.contestants
             ]
             titles = [run_name(trained.path) for trained in self.contestants]
+            sets = [trained.settings["dataset"] for trained in self.contestants]
+            if len({*sets} - {None}) > 1:
+                (one, other), (its, others) = titles, sets
+                say(f"{one} was trained on {its}, {other} on {others}")
             drawn = (
                 draw_attention(images, captions, list(zip(titles, looks)), mass) / 255
             )

@@ -663,9 +663,9 @@ def test_study(capsys, tmp_path: Path) -> None:
         "81.20 ± 0.15<br>+1.08 ± 0.07",
         "80.12 ± 0.09<br>+0.00 ± 0.00",
     ]
-    assert printed.err.startswith("left out, with fewer than 5 seeds: fashion-1000/")
-    assert "fashion-1000/surgery 4, " in printed.err
-    assert printed.err.count("\n") == 1
+    assert printed.err == (
+        "left out, with fewer than 5 seeds: fashion-1000/surgery 4\n"
+    )
     study["differences"](tmp_path / "runs.jsonl")
     rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines()]
     assert rows[0][1:] == ["`plain`", "`sar-0.3` - `plain` |"]
@@ -809,7 +809,7 @@ def test_study_collects_its_own_runs(capsys, tmp_path: Path) -> None:
 
     older = {name: value for name, value in header.items() if name != "pos_std"}
     assert collect(older, epochs, {"segmentation": measured}) == found
-    with pytest.raises(ValueError, match="not the study's settings: lr 0.1, not 0.0"):
+    with pytest.raises(ValueError, match="not the study's settings: lr 0.1 -> 0.0"):
         collect(header | {"lr": 0.1}, epochs, {"segmentation": measured})
     with pytest.raises(ValueError, match="ended after 99 epochs"):
         collect(header, epochs[:-1], {"segmentation": measured})
@@ -1788,7 +1788,7 @@ def test_other_images_are_normalized_like_those_of_training(
 
 
 @needs_project
-def test_a_resumed_run_is_the_same_run(tmp_path, monkeypatch) -> None:
+def test_a_resumed_run_is_the_same_run(tmp_path, monkeypatch, capsys) -> None:
     write_fashion_mnist(tmp_path / "data")
     command = f"train {TINY} --data-dir {tmp_path}/data --mixup 0.8 --model-ema"
     seen, losses = [], train.losses
@@ -1810,7 +1810,13 @@ def test_a_resumed_run_is_the_same_run(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(train, "save", save_and_stop)
     assert run(monkeypatch, command) == 130
     monkeypatch.setattr(train, "save", save)
-    assert run(monkeypatch, command) == 2  # it already holds a run
+    capsys.readouterr()
+    for again, sentence in {
+        command: "already holds a run: --resume continues it, another ",
+        f"{command} --seed 9": "already holds a run of other settings: seed 0 -> 9; ",
+    }.items():
+        assert run(monkeypatch, again) == 2
+        assert sentence in capsys.readouterr().err
     assert run(monkeypatch, f"{command} --resume --lr 1") == 2  # that is another run
     assert run(monkeypatch, f"{command} --resume") == 0
 
@@ -2894,6 +2900,12 @@ def test_compared_models_are_checked(tmp_path, monkeypatch, capsys) -> None:
         assert message in error
         assert output == ""
     assert run(monkeypatch, f"{command} {mixed} --model vit_tiny") == 0
+    assert "was trained on" not in capsys.readouterr().out
+    write_run(tmp_path / "other.pt", dataset="shapes")
+    options = f"--checkpoint {tmp_path}/run.pt --compare {tmp_path}/other.pt"
+    assert run(monkeypatch, f"{command} {options}") == 0
+    assert "was trained on folder, " in (output := capsys.readouterr().out)
+    assert " on shapes\n" in output
 
 
 @needs_project

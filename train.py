@@ -29,7 +29,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import NoReturn
@@ -321,7 +321,7 @@ def make_parser(recipe: dict) -> Parser:
     add = parser.add_argument_group("run").add_argument
     output_dir = "runs/ and data set, model, lambda, seed, if left out"
     add("--output-dir", metavar="DIR", help=output_dir)
-    resume = "continue the run in --output-dir, with the options it was started with"
+    resume = "continue the run in --output-dir; goes with the options that started it"
     add("--resume", action="store_true", help=resume)
     seed = "same seed, same run, on a CPU"
     add("--seed", type=number(0, 2**31, int), default=0, metavar="N", help=seed)
@@ -425,28 +425,44 @@ def check_output_dir(
             other settings; or the directory holds a run and --resume was not given.
     """
     folder = Path(args.output_dir)
-    if not args.resume:
-        if any((folder / name).exists() for name in ("checkpoint.pt", "log.jsonl")):
-            raise ValueError(
-                f"{folder} already holds a run: --resume continues it, "
-                "another --output-dir starts a new one"
-            )
+    file = folder / "checkpoint.pt"
+    if not args.resume and not file.exists() and not (folder / "log.jsonl").exists():
         return None, None
-    if not (folder / "checkpoint.pt").exists():
+    if args.resume and not file.exists():
         raise FileNotFoundError(f"there is no run to resume in {folder}")
-    model, checkpoint = load_run(folder / "checkpoint.pt")
-    then = UNNAMED | checkpoint["settings"]
-    differ = [
-        f"{name} {then.get(name)} -> {now}"
-        for name, now in settings(args).items()
-        if name not in MAY_DIFFER and then.get(name) != now
-    ]
+    try:
+        model, checkpoint = load_run(file)
+        differ = differing(args, checkpoint["settings"])
+    except (OSError, ValueError):
+        if args.resume:
+            raise
+        differ = ""  # not known
+    if not args.resume:
+        raise ValueError(
+            f"{folder} already holds a run"
+            + (
+                f" of other settings: {differ}; "
+                if differ
+                else ": --resume continues it, "
+            )
+            + "another --output-dir starts a new one"
+        )
     if differ:
         raise ValueError(
-            f"the run in {folder} has other settings: {', '.join(differ)}; "
+            f"the run in {folder} has other settings: {differ}; "
             "--resume goes with the command that started the run"
         )
     return model, checkpoint
+
+
+def differing(args: argparse.Namespace, then: Mapping) -> str:
+    """What is otherwise than in a run's settings, in words; what may be, left out."""
+    then = UNNAMED | then
+    return ", ".join(
+        f"{name} {then.get(name)} -> {now}"
+        for name, now in settings(args).items()
+        if name not in MAY_DIFFER and then.get(name) != now
+    )
 
 
 @contextlib.contextmanager

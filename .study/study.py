@@ -270,14 +270,7 @@ def summarize(folder: Path, record: dict) -> dict:
     train.resolve(args)
     lines = (folder / "log.jsonl").read_text().splitlines()
     settings, *epochs = map(json.loads, lines)
-    settings = train.UNNAMED | settings
-    differ = [
-        f"{key} {settings.get(key)}, not {value}"
-        for key, value in train.settings(args).items()
-        if key not in train.MAY_DIFFER and settings.get(key) != value
-    ]
-    if differ:
-        differ = ", ".join(differ)
+    if differ := train.differing(args, settings):
         raise ValueError(f"the run in {folder} has not the study's settings: {differ}")
     if len(epochs) < args.epochs:
         raise ValueError(f"the run in {folder} ended after {len(epochs)} epochs")
@@ -362,7 +355,7 @@ def interval(values: list[float], decimals: int) -> str:
 def read(path: Path) -> tuple[dict[tuple[str, str], dict[int, dict]], set[str]]:
     """(setting, arm) -> seed -> what was measured; and the names that a run has.
 
-    Arms without all their seeds are left out, and named in a line on standard error.
+    Arms with some of their seeds are left out, and named in a line on standard error.
     """
     found, short = {}, []
     try:
@@ -379,9 +372,9 @@ def read(path: Path) -> tuple[dict[tuple[str, str], dict[int, dict]], set[str]]:
     for setting, chosen in STUDY.items():
         for arm in chosen:
             seeds = found.get((setting, arm), {}).keys() & set(SEEDS)
-            if len(seeds) < len(SEEDS):
+            if 0 < len(seeds) < len(SEEDS):
                 short.append(f"{setting}/{arm} {len(seeds)}")
-                found.pop((setting, arm), None)
+                del found[setting, arm]
     if short:
         of = f"left out, with fewer than {len(SEEDS)} seeds"
         print(f"{of}: {', '.join(short)}", file=sys.stderr)
@@ -424,10 +417,10 @@ def table(path: Path, baseline: str) -> None:
 
 
 def differences(path: Path) -> None:
-    """Print tables of what is between two arms: of a measure, and all the settings.
+    """Print a table for each measure: settings by row, and how two arms differ by column.
 
     Of those measures that the file of `collect` or `others` has: accuracy and Jaccard
-    indices, or how much of these belongs to the very object of an image.
+    indices, or the part of these that is the object's own.
     """
     found, names = read(path)
     shown = ("acc1", "mass", "foreground", "mass_own", "foreground_own")
@@ -461,7 +454,7 @@ def differences(path: Path) -> None:
 
 
 def others(paths: list[Path]) -> None:
-    """Print how much of the Jaccard indices belongs to the very object of an image.
+    """Print the part of each run's Jaccard indices that is the object's own.
 
     Attention that stays in the middle of all images fits objects that lie there too. So
     the index with the object of the test image before it is taken off: a line of JSON for
@@ -510,7 +503,7 @@ def others(paths: list[Path]) -> None:
 
 
 def gradients(path: Path) -> None:
-    """Print the norms of both losses' gradients: a run's end, its training images.
+    """Print the norms of both losses' gradients, at a run's end, on its training images.
 
     These are not augmented, and pass through the model at once, which takes memory. The
     entropy of a map of one component is 0, and so is its gradient.
@@ -708,7 +701,10 @@ def main() -> None:
             action.add_argument("path", type=Path, help=path_of[act])
         if act is table:
             choices = ("plain", "surgery", "sar-0.01")
-            action.add_argument("--baseline", choices=choices, default="plain")
+            baseline = "arm that the others are compared with; plain, if left out"
+            action.add_argument(
+                "--baseline", choices=choices, default="plain", help=baseline
+            )
         action.set_defaults(act=act)
     given = vars(parser.parse_args())
     if hasattr(signal, "SIGPIPE"):  # `| head` ends it without a word
@@ -717,7 +713,8 @@ def main() -> None:
     try:
         given.pop("act")(**given)
     except (OSError, ValueError) as error:
-        parser.error(" ".join(str(error).split()))
+        sentence = " ".join(str(error).split())
+        parser.exit(2, f"{parser.prog}: error: {sentence}\n")
 
 
 if __name__ == "__main__":
