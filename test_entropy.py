@@ -1812,7 +1812,7 @@ def test_a_resumed_run_is_the_same_run(tmp_path, monkeypatch, capsys) -> None:
     monkeypatch.setattr(train, "save", save)
     capsys.readouterr()
     for again, sentence in {
-        command: "already holds a run: --resume continues it, another ",
+        command: "already holds a run: --resume continues it; another ",
         f"{command} --seed 9": "already holds a run of other settings: seed 0 -> 9; ",
     }.items():
         assert run(monkeypatch, again) == 2

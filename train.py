@@ -438,14 +438,9 @@ def check_output_dir(
             raise
         differ = ""  # not known
     if not args.resume:
+        which = f" of other settings: {differ}" if differ else ": --resume continues it"
         raise ValueError(
-            f"{folder} already holds a run"
-            + (
-                f" of other settings: {differ}; "
-                if differ
-                else ": --resume continues it, "
-            )
-            + "another --output-dir starts a new one"
+            f"{folder} already holds a run{which}; another --output-dir starts a new one"
         )
     if differ:
         raise ValueError(
