@@ -1362,7 +1362,8 @@ class Evaluation:
             titles = [run_name(trained.path) for trained in self.contestants]
             sets = [trained.settings["dataset"] for trained in self.contestants]
             if len({*sets} - {None}) > 1:
-                (one, other), (its, others) = titles, sets
+                one, other = (trained.path for trained in self.contestants)
+                its, others = sets
                 say(f"{one} was trained on {its}, {other} on {others}")
             drawn = (
                 draw_attention(images, captions, list(zip(titles, looks)), mass) / 255

@@ -666,6 +666,10 @@ def test_study(capsys, tmp_path: Path) -> None:
     assert printed.err == (
         "left out, with fewer than 5 seeds: fashion-1000/surgery 4\n"
     )
+    odd = json.dumps(same | {"arm": "sar-0.1", "seed": 7, "acc1": 1.0})
+    (tmp_path / "odd.jsonl").write_text("\n".join([*runs, odd]))
+    study["table"](tmp_path / "odd.jsonl", "plain")
+    assert "fashion-1000/sar-0.1 0\n" in capsys.readouterr().err
     study["differences"](tmp_path / "runs.jsonl")
     rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines()]
     assert rows[0][1:] == ["`plain`", "`sar-0.3` - `plain` |"]
@@ -1813,7 +1817,7 @@ def test_a_resumed_run_is_the_same_run(tmp_path, monkeypatch, capsys) -> None:
     capsys.readouterr()
     for again, sentence in {
         command: "already holds a run: --resume continues it; another ",
-        f"{command} --seed 9": "already holds a run of other settings: seed 0 -> 9; ",
+        f"{command} --seed 9": "already holds a run with other settings, seed 0 -> 9; ",
     }.items():
         assert run(monkeypatch, again) == 2
         assert sentence in capsys.readouterr().err
@@ -2904,8 +2908,10 @@ def test_compared_models_are_checked(tmp_path, monkeypatch, capsys) -> None:
     write_run(tmp_path / "other.pt", dataset="shapes")
     options = f"--checkpoint {tmp_path}/run.pt --compare {tmp_path}/other.pt"
     assert run(monkeypatch, f"{command} {options}") == 0
-    assert "was trained on folder, " in (output := capsys.readouterr().out)
-    assert " on shapes\n" in output
+    sentence = (
+        f"{tmp_path}/run.pt was trained on folder, {tmp_path}/other.pt on shapes\n"
+    )
+    assert sentence in capsys.readouterr().out
 
 
 @needs_project
@@ -3199,7 +3205,7 @@ BAD_INPUT = {
     "train --pos-std 0": "pos_std must be above 0 and at most 1, got 0.0",
     "train --pos-std 2": "pos_std must be above 0 and at most 1, got 2.0",
     "train --sar-lambda -1": "--sar-lambda",
-    "train --output-dir used": "used already holds a run",
+    "train --output-dir used": "used already holds a run with other settings, not known; another",
     "train --output-dir new --resume": "no run to resume in new",
     "train --output-dir used --resume": "used/checkpoint.pt is damaged",
     "train --lr inf": "--lr: inf is not at least 0",

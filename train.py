@@ -321,7 +321,7 @@ def make_parser(recipe: dict) -> Parser:
     add = parser.add_argument_group("run").add_argument
     output_dir = "runs/ and data set, model, lambda, seed, if left out"
     add("--output-dir", metavar="DIR", help=output_dir)
-    resume = "continue the run in --output-dir; goes with the options that started it"
+    resume = "continue the run in --output-dir; give the options that started it"
     add("--resume", action="store_true", help=resume)
     seed = "same seed, same run, on a CPU"
     add("--seed", type=number(0, 2**31, int), default=0, metavar="N", help=seed)
@@ -436,9 +436,11 @@ def check_output_dir(
     except (OSError, ValueError):
         if args.resume:
             raise
-        differ = ""  # not known
+        differ = "not known"
     if not args.resume:
-        which = f" of other settings: {differ}" if differ else ": --resume continues it"
+        which = (
+            f" with other settings, {differ}" if differ else ": --resume continues it"
+        )
         raise ValueError(
             f"{folder} already holds a run{which}; another --output-dir starts a new one"
         )

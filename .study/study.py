@@ -372,9 +372,8 @@ def read(path: Path) -> tuple[dict[tuple[str, str], dict[int, dict]], set[str]]:
     for setting, chosen in STUDY.items():
         for arm in chosen:
             seeds = found.get((setting, arm), {}).keys() & set(SEEDS)
-            if 0 < len(seeds) < len(SEEDS):
+            if len(seeds) < len(SEEDS) and found.pop((setting, arm), None):
                 short.append(f"{setting}/{arm} {len(seeds)}")
-                del found[setting, arm]
     if short:
         of = f"left out, with fewer than {len(SEEDS)} seeds"
         print(f"{of}: {', '.join(short)}", file=sys.stderr)
