@@ -3205,7 +3205,7 @@ BAD_INPUT = {
     "train --pos-std 0": "pos_std must be above 0 and at most 1, got 0.0",
     "train --pos-std 2": "pos_std must be above 0 and at most 1, got 2.0",
     "train --sar-lambda -1": "--sar-lambda",
-    "train --output-dir used": "used already holds a run with other settings, not known; another",
+    "train --output-dir used": "used already holds a run that cannot be continued; another",
     "train --output-dir new --resume": "no run to resume in new",
     "train --output-dir used --resume": "used/checkpoint.pt is damaged",
     "train --lr inf": "--lr: inf is not at least 0",

@@ -433,14 +433,14 @@ def check_output_dir(
     try:
         model, checkpoint = load_run(file)
         differ = differing(args, checkpoint["settings"])
-    except (OSError, ValueError):
-        if args.resume:
-            raise
-        differ = "not known"
-    if not args.resume:
         which = (
             f" with other settings, {differ}" if differ else ": --resume continues it"
         )
+    except (OSError, ValueError):
+        if args.resume:
+            raise
+        which = " that cannot be continued"
+    if not args.resume:
         raise ValueError(
             f"{folder} already holds a run{which}; another --output-dir starts a new one"
         )
