@@ -426,25 +426,22 @@ def check_output_dir(
     """
     folder = Path(args.output_dir)
     file = folder / "checkpoint.pt"
-    if not args.resume and not file.exists() and not (folder / "log.jsonl").exists():
-        return None, None
-    if args.resume and not file.exists():
-        raise FileNotFoundError(f"there is no run to resume in {folder}")
-    try:
-        model, checkpoint = load_run(file)
-        differ = differing(args, checkpoint["settings"])
-        which = (
-            f" with other settings, {differ}" if differ else ": --resume continues it"
-        )
-    except (OSError, ValueError):
-        if args.resume:
-            raise
-        which = " that cannot be continued"
     if not args.resume:
+        if not file.exists() and not (folder / "log.jsonl").exists():
+            return None, None
+        how = ": --resume continues it"
+        try:
+            if differ := differing(args, load_run(file)[1]["settings"]):
+                how = f" with other settings, {differ}"
+        except (OSError, ValueError):
+            how = " that cannot be continued"
         raise ValueError(
-            f"{folder} already holds a run{which}; another --output-dir starts a new one"
+            f"{folder} already holds a run{how}; another --output-dir starts a new one"
         )
-    if differ:
+    if not file.exists():
+        raise FileNotFoundError(f"there is no run to resume in {folder}")
+    model, checkpoint = load_run(file)
+    if differ := differing(args, checkpoint["settings"]):
         raise ValueError(
             f"the run in {folder} has other settings: {differ}; "
             "--resume goes with the command that started the run"

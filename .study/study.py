@@ -355,7 +355,7 @@ def interval(values: list[float], decimals: int) -> str:
 def read(path: Path) -> tuple[dict[tuple[str, str], dict[int, dict]], set[str]]:
     """(setting, arm) -> seed -> what was measured; and the names that a run has.
 
-    Arms with some of their seeds are left out, and named in a line on standard error.
+    Arms with runs but not all their seeds are left out, and named on standard error.
     """
     found, short = {}, []
     try:
