@@ -101,7 +101,9 @@ def number(low: float, high: float = math.inf, kind: type = float) -> Callable:
 
     def parse(text: str) -> float:
         value = kind(text)
-        if not (low <= value <= high and math.isfinite(value)):
+        if not abs(value) < math.inf:
+            raise argparse.ArgumentTypeError(f"{text} is not finite")
+        if not low <= value <= high:
             upper = "" if high == math.inf else f" and at most {high:g}"
             raise argparse.ArgumentTypeError(f"{text} is not at least {low:g}{upper}")
         return value

@@ -619,7 +619,7 @@ def test_recipes_of_the_readme(package: str, tmp_path: Path) -> None:
 
 
 @needs_project
-def test_study(capsys, tmp_path: Path) -> None:
+def test_study(capsys, monkeypatch, tmp_path: Path) -> None:
     """Its commands are understood; the README has one of them, and their results."""
     study = runpy.run_path(str(HERE / ".study" / "study.py"))
     study["commands"]()
@@ -708,6 +708,13 @@ def test_study(capsys, tmp_path: Path) -> None:
     (tmp_path / "plain-1" / "checkpoint.pt").touch()
     with pytest.raises(FileNotFoundError, match="no .*plain-1/eval.json"):
         study["others"]([tmp_path / "plain-1" / "checkpoint.pt"])
+
+    capsys.readouterr()
+    asked = ["study.py", "table", str(tmp_path / "empty.jsonl")]
+    monkeypatch.setattr(sys, "argv", asked)
+    with pytest.raises(SystemExit, match="2"):
+        study["main"]()
+    assert capsys.readouterr() == ("", f"study.py: error: {asked[2]} is empty\n")
 
 
 @needs_project
@@ -3208,7 +3215,9 @@ BAD_INPUT = {
     "train --output-dir used": "used already holds a run that cannot be continued; another",
     "train --output-dir new --resume": "no run to resume in new",
     "train --output-dir used --resume": "used/checkpoint.pt is damaged",
-    "train --lr inf": "--lr: inf is not at least 0",
+    "train --lr inf": "--lr: inf is not finite",
+    "train --lr nan": "--lr: nan is not finite",
+    "train --lr=-1": "--lr: -1 is not at least 0",
     "train --output-dir used/checkpoint.pt": "used/checkpoint.pt",
     "train --finetune none.pt": "no checkpoint at none.pt",
     "train --dataset cifar100 --finetune none.pt": "no checkpoint at none.pt",
