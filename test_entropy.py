@@ -712,7 +712,7 @@ def test_study(capsys, monkeypatch, tmp_path: Path) -> None:
     capsys.readouterr()
     asked = ["study.py", "table", str(tmp_path / "empty.jsonl")]
     monkeypatch.setattr(sys, "argv", asked)
-    with pytest.raises(SystemExit, match="2"):
+    with pytest.raises(SystemExit, match="^2$"):
         study["main"]()
     assert capsys.readouterr() == ("", f"study.py: error: {asked[2]} is empty\n")
 
