@@ -685,6 +685,8 @@ def test_study(capsys, monkeypatch, tmp_path: Path) -> None:
 
     with pytest.raises(ValueError, match="not a file that collect made"):
         study["table"](HERE / "README.md", "plain")
+    with pytest.raises(FileNotFoundError, match="no file .*none.jsonl"):
+        study["table"](tmp_path / "none.jsonl", "plain")
     with pytest.raises(FileNotFoundError, match="no SETTING/ARM-SEED/eval.json"):
         study["collect"](tmp_path)
     record = {"setting": "fashion-1000", "arm": "plain", "seed": 1}

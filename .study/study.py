@@ -357,6 +357,8 @@ def read(path: Path) -> tuple[dict[tuple[str, str], dict[int, dict]], set[str]]:
 
     Arms with runs but not all their seeds are left out, and named on standard error.
     """
+    if not path.is_file():
+        raise FileNotFoundError(f"no file {path}")
     found, short = {}, []
     try:
         every = [json.loads(line) for line in path.read_text().splitlines()]
