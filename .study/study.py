@@ -357,7 +357,7 @@ def read(path: Path) -> tuple[dict[tuple[str, str], dict[int, dict]], set[str]]:
 
     Arms with runs but not all their seeds are left out, and named on standard error.
     """
-    if not path.is_file():
+    if not path.exists():
         raise FileNotFoundError(f"no file {path}")
     found, short = {}, []
     try:
