@@ -63,14 +63,20 @@ from data import (
     test_transform,
     unreadable,
 )
-from entropy import connected_components, spatial_entropy, threshold_at_mean
+from entropy import (
+    component_masses,
+    connected_components,
+    entropy_of_masses,
+    threshold_at_mean,
+)
 from model import (
     MODELS,
     VisionTransformer,
-    check_grid,
+    find_weights,
+    load_run,
     model_of_weights,
     read_checkpoint,
-    unwrap,
+    sizes,
 )
 
 
@@ -292,8 +298,9 @@ def batch_totals(
     count: int, sums: Iterable[torch.Tensor], similarity: torch.Tensor
 ) -> torch.Tensor:
     """One vector: the images of a batch, other sums over it, and those of its maps."""
-    entropy = spatial_entropy(similarity, "none").sum(0)  # (heads,)
-    components = count_components(similarity).sum(0)  # (heads,)
+    masses = component_masses(similarity)  # (B, heads, labels)
+    entropy = entropy_of_masses(masses).sum(0)  # (heads,)
+    components = (masses > 0).sum((0, 2))  # (heads,)
     sums = [each.float() for each in (*sums, *entropy, *components)]
     return torch.stack([torch.full_like(sums[0], count), *sums])
 
@@ -316,13 +323,6 @@ def attention_means(means: torch.Tensor) -> dict:
         "entropy_per_head": entropy.tolist(),
         "components_per_head": components.tolist(),
     }
-
-
-def count_components(similarity: torch.Tensor) -> torch.Tensor:
-    """Number of connected components of the foreground: (..., H, W) -> int64 (...)."""
-    labels = connected_components(threshold_at_mean(similarity) > 0).flatten(-2)
-    seen = labels.new_zeros(*labels.shape[:-1], labels.shape[-1] + 1)
-    return seen.scatter_(-1, labels, 1)[..., 1:].sum(-1)  # slot 0 is the background
 
 
 # ------------------------------------------------------------------------ corruptions
@@ -597,46 +597,6 @@ OTHERS = {"dataset": None, "data_dir": "data", "crop": "resized", "batch_size": 
 OTHERS |= {"amp": False, "device": "cpu"}
 
 
-def load_run(
-    path: str | os.PathLike, weights: str = "model"
-) -> tuple[VisionTransformer, dict]:
-    """The trained model and the whole checkpoint of a run of train.py, on the CPU.
-
-    Args:
-        path: a checkpoint.pt.
-        weights: "model", or "model_ema" for the averaged weights.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is damaged, or was not written by train.py.
-    """
-    checkpoint = read_checkpoint(path)
-    return model_of_run(checkpoint, path, weights), checkpoint
-
-
-def model_of_run(
-    checkpoint: Mapping, path: str | os.PathLike, weights: str
-) -> VisionTransformer:
-    """The trained model of a run, from its checkpoint. Raises: as `load_run`."""
-    if (
-        not {"architecture", "settings", "classes", "model", "epoch"}
-        <= checkpoint.keys()
-    ):
-        raise ValueError(
-            f"{path} was not written by train.py: it does not name its architecture"
-        )
-    try:
-        model = VisionTransformer(**checkpoint["architecture"])
-        model.load_state_dict(checkpoint[weights])
-    except KeyError as error:
-        raise ValueError(f"{path} has no averaged weights") from error
-    except (RuntimeError, TypeError, ValueError) as error:
-        raise ValueError(
-            f"the weights in {path} do not fit its architecture"
-        ) from error
-    return model
-
-
 def load_trained(path: Path, args: argparse.Namespace) -> Trained:
     """A run's model, or one of other people's weights, on the CPU.
 
@@ -652,7 +612,7 @@ def load_trained(path: Path, args: argparse.Namespace) -> Trained:
     checkpoint = read_checkpoint(path)
     if "architecture" in checkpoint:
         weights = "model_ema" if args.model_ema else "model"
-        model = model_of_run(checkpoint, path, weights)
+        model, checkpoint = load_run(path, weights)
         settings, classes = checkpoint["settings"], list(checkpoint["classes"])
         epochs = f"{checkpoint['epoch']} of {settings['epochs']} epochs"
         about = [f"{path}: {settings['model']} after {epochs}"]
@@ -662,16 +622,11 @@ def load_trained(path: Path, args: argparse.Namespace) -> Trained:
         raise ValueError(
             f"{path} does not name its model: do so with --model ({', '.join(MODELS)})"
         )
-    if args.model_ema:
-        averaged = [checkpoint.get(key) for key in ("model_ema", "state_dict_ema")]
-        if averaged == [None, None]:
-            raise ValueError(f"{path} has no averaged weights")
-        checkpoint = next(weights for weights in averaged if weights is not None)
     options = dict(MODELS[args.model])
     options |= {"num_heads": args.num_heads} if args.num_heads else {}
-    given = unwrap(checkpoint)
+    given = find_weights(checkpoint, str(path), args.model_ema)
     try:
-        model, loaded = model_of_weights(given, options, args.img_size, str(path))
+        model, loaded = model_of_weights(given, options, str(path))
     except ValueError as error:
         raise ValueError(f"no {args.model}: {error}") from error
     mean, std = tuple(args.mean or IMAGENET_MEAN), tuple(args.std or IMAGENET_STD)
@@ -845,7 +800,7 @@ def draw_attention(
     captions: list[str],
     looks: list[tuple[str, list[torch.Tensor]]],
     mass: float,
-) -> torch.Tensor:
+) -> tuple[torch.Tensor, list[list[list[float]]]]:
     """What the heads of one or more models make of images.
 
     Args:
@@ -856,7 +811,8 @@ def draw_attention(
         mass: the share of the attention that the second row shows.
 
     Returns:
-        uint8 (3, height, width) of the picture. For each image and head there are, from
+        The picture, uint8 (3, height, width), and the entropies in it by model, image
+        and head. For each image and head there are, from
         top to bottom: the attention, a softmax over the patches, on a scale of its own
         from 0 to its maximum; the image where the patches are that hold this share of
         the attention; the connected components of the foreground, where the similarity
@@ -872,6 +828,7 @@ def draw_attention(
         titles.append(apart(caption(title, heads[-1].shape[2] - 3 * GAP)))
     blocks = [join([*spaces, *titles], 2)] if len(looks) > 1 else []
     blocks.append(join([*spaces, *heads], 2))
+    entropies = [[] for _ in looks]
     for i, image in enumerate(images):
         scale = TILE / max(image.shape[-2:])
         size = [max(round(scale * length), 1) for length in image.shape[-2:]]
@@ -890,17 +847,18 @@ def draw_attention(
             join([large, caption(captions[i], side)], 1),
             join([caption(text, label, tile_height) for text in texts], 1),
         ]
-        for _, maps in looks:
-            tiles = [draw_head(small, similarity, mass) for similarity in maps[i]]
-            columns.append(apart(join(tiles, 2)))
+        for (_, maps), of_model in zip(looks, entropies):
+            drawn = [draw_head(small, similarity, mass) for similarity in maps[i]]
+            columns.append(apart(join([tile for tile, _ in drawn], 2)))
+            of_model.append([entropy for _, entropy in drawn])
         blocks.append(F.pad(join(columns, 2), (0, 0, 0, GAP), value=255))
-    return F.pad(join(blocks, 1), (GAP, GAP, GAP, GAP), value=255)
+    return F.pad(join(blocks, 1), (GAP, GAP, GAP, GAP), value=255), entropies
 
 
 def draw_head(
     image: torch.Tensor, similarity: torch.Tensor, mass: float
-) -> torch.Tensor:
-    """One head's column in the picture: uint8 (3, height, TILE).
+) -> tuple[torch.Tensor, float]:
+    """One head's column in the picture, uint8 (3, height, TILE), and its entropy.
 
     Args:
         image: uint8 (3, h, w), of the size of a tile.
@@ -919,10 +877,9 @@ def draw_head(
 
     activation = threshold_at_mean(similarity)
     labels = connected_components(activation > 0)
-    found = labels.unique()
-    found = found[found > 0]
-    masses = torch.tensor([activation[labels == n].sum() for n in found])
-    order = found[masses.argsort(descending=True)]
+    masses = labels.flatten().bincount(activation.flatten())
+    entropy = entropy_of_masses(masses).item()
+    order = masses.argsort(descending=True)[: (masses > 0).sum()]
     masks = enlarge(labels)[None] == order[:, None, None]
     coloured = faded
     if len(masks):
@@ -931,8 +888,8 @@ def draw_head(
     tiles = [heat(enlarge(attention / attention.max())), kept, coloured]
     short = LINE - image.shape[1]
     tiles = [F.pad(tile, (0, 0, 0, max(short, 0)), value=255) for tile in tiles]
-    text = f"H {spatial_entropy(similarity):.2f} K {len(order)}"
-    return join([*tiles, caption(text, TILE)], 1)
+    text = f"H {entropy:.2f} K {len(order)}"
+    return join([*tiles, caption(text, TILE)], 1), entropy
 
 
 # ----------------------------------------------------------------------- the command
@@ -1354,7 +1311,7 @@ class Evaluation:
         else:
             images, captions = self.sample_images()
         for trained in self.contestants if args.img_size else []:
-            check_grid(args.img_size, trained.model.patch_size)
+            sizes(args.img_size, trained.model.patch_size)
 
         def work() -> None:
             looks = [
@@ -1367,24 +1324,19 @@ class Evaluation:
                 one, other = (trained.path for trained in self.contestants)
                 its, others = sets
                 say(f"{one} was trained on {its}, {other} on {others}")
-            drawn = (
-                draw_attention(images, captions, list(zip(titles, looks)), mass) / 255
-            )
+            looks = list(zip(titles, looks))
+            drawn, entropies = draw_attention(images, captions, looks, mass)
             file = Path(args.attention)
-            replace(file, lambda partial: save_image(drawn, partial, format="png"))
+            replace(
+                file, lambda partial: save_image(drawn / 255, partial, format="png")
+            )
             say(f"wrote {file}")
             self.report["attention"] = {
                 "file": str(file),
                 "checkpoints": [str(trained.path) for trained in self.contestants],
                 "images": captions,
                 "mass": mass,
-                "entropy": [
-                    [
-                        spatial_entropy(similarity, "none").tolist()
-                        for similarity in maps
-                    ]
-                    for maps in looks
-                ],
+                "entropy": entropies,
             }
 
         return work

@@ -77,14 +77,19 @@ from eval import (
     evaluate,
     grouped,
     hardware,
-    load_run,
     number,
     rank,
     replace,
     say,
     torchrun,
 )
-from model import MODELS, VisionTransformer, load_weights, read_checkpoint
+from model import (
+    MODELS,
+    VisionTransformer,
+    load_run,
+    load_weights,
+    read_checkpoint,
+)
 
 # The authors' recipe for small data sets: DeiT's, for 100 epochs.
 RECIPE = {
@@ -281,7 +286,7 @@ def make_parser(recipe: dict) -> Parser:
     add("--pool", choices=("cls", "mean"), default="cls", help=pool)
     pos_std = "standard deviation of the initial position embedding, 1 at most; of no "
     pos_std += "effect with --finetune"
-    add("--pos-std", type=amount, metavar="STD", help=pos_std)
+    add("--pos-std", type=number(1e-6, 1), metavar="STD", help=pos_std)
     add("--drop-path", type=number(0, 0.99), metavar="P", help="stochastic depth")
     finetune = "start from weights of this project, timm, DeiT or DINO; then at most "
     finetune += f"{FINETUNE_WARMUP_EPOCHS:g} warm-up epochs, if these are left out"

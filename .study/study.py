@@ -463,7 +463,8 @@ def others(paths: list[Path]) -> None:
     that this names, CPU or CUDA, and in its precision.
     """
     import data
-    from eval import PROTOCOLS, choose_device, load_run, segment
+    from eval import PROTOCOLS, choose_device, segment
+    from model import load_run
 
     runs = []
     for path in paths:
@@ -514,7 +515,7 @@ def gradients(path: Path) -> None:
 
     import data
     from entropy import spatial_entropy
-    from eval import load_run
+    from model import load_run
 
     model, saved = load_run(path)
     settings = saved["settings"]
