@@ -21,13 +21,12 @@ Usage, with the queries and keys (B, heads, N, head_dim) of the last attention l
     loss = criterion(logits, target) + 0.01 * spatial_entropy(similarity)
     loss.backward()
 
-Scheduling lambda is up to the training loop; the paper's 0.01 is warmed up and decayed.
+0.01 is the paper's lambda, which its training loop warms up and decays.
 
-Compiling is optional. It makes loss and gradient 2 to 5 times faster on a GPU, and no
-faster on a CPU. The host never waits for the GPU, so CUDA graphs work too:
+Compiling is optional. On a GPU it makes loss and gradient 2 to 5 times faster, on a CPU
+no faster. The host never waits for the GPU, so mode="reduce-overhead" works too:
 
     spatial_entropy = torch.compile(spatial_entropy, fullgraph=True)
-    spatial_entropy = torch.compile(spatial_entropy, mode="reduce-overhead")
 
 Differences from the authors' code, https://github.com/helia95/SAR, which settles what
 the paper leaves open: any grid, not only 14x14; components are labeled by tensor
@@ -35,7 +34,8 @@ operations on the input's device, not by a loop of OpenCV calls on the CPU; a ba
 constant maps gives 0, not an exception; a non-finite score gives NaN, and the term is
 not dropped; no 1e-9 is added to A.
 
-This file needs PyTorch alone.
+This file needs PyTorch alone: 2.4 or newer, and 2.9 or newer to compile it, as the code
+that older releases generate for a CPU corrupts memory.
 """
 
 import torch
@@ -63,9 +63,6 @@ def similarity_maps(
 
     Returns:
         (B, heads, H, W), float64 for float64 input, else float32, also under autocast.
-
-    Raises:
-        ValueError: the shapes do not fit, or pool is unknown or needs a CLS token.
     """
     if query.dim() != 4 or query.shape != key.shape:
         shapes = f"{tuple(query.shape)} and {tuple(key.shape)}"
@@ -107,7 +104,7 @@ def threshold_at_mean(similarity: torch.Tensor) -> torch.Tensor:
 
     Raises:
         TypeError: similarity is not floating point.
-        ValueError: similarity has fewer than two dimensions, or H or W is 0.
+        ValueError: similarity is not (..., H, W) with a grid of one patch or more.
     """
     if not similarity.is_floating_point():
         raise TypeError(f"similarity must be floating point, got {similarity.dtype}")
@@ -145,13 +142,10 @@ def connected_components(mask: torch.Tensor) -> torch.Tensor:
     if mask.numel() == 0:
         return torch.zeros_like(mask, dtype=torch.int64)
     masks = mask.reshape(-1, *mask.shape[-2:])  # (M, H, W)
-    if mask.device.type != "cpu":
-        labels = _label(masks, stop_early=False)
-    elif torch.compiler.is_compiling():
-        labels = _label_as_one_operator(masks)
-    else:
-        labels = _label(masks, stop_early=True)
-    return labels.view(mask.shape)
+    on_cpu = mask.device.type == "cpu"
+    if on_cpu and torch.compiler.is_compiling():
+        return _label_as_one_operator(masks).view(mask.shape)
+    return _label(masks, stop_early=on_cpu).view(mask.shape)
 
 
 def component_masses(similarity: torch.Tensor) -> torch.Tensor:
@@ -201,8 +195,7 @@ def spatial_entropy(similarity: torch.Tensor, reduction: str = "mean") -> torch.
 
     Raises:
         TypeError: similarity is not floating point.
-        ValueError: similarity has fewer than two dimensions or an empty grid, or
-            reduction is unknown.
+        ValueError: similarity is not (..., H, W), or reduction is unknown.
     """
     if reduction not in ("mean", "none"):
         raise ValueError(f'reduction must be "mean" or "none", got {reduction!r}')
