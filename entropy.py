@@ -31,11 +31,11 @@ no faster. The host never waits for the GPU, so mode="reduce-overhead" works too
 Differences from the authors' code, https://github.com/helia95/SAR, which settles what
 the paper leaves open: any grid, not only 14x14; components are labeled by tensor
 operations on the input's device, not by a loop of OpenCV calls on the CPU; a batch of
-constant maps gives 0, not an exception; a non-finite score gives NaN, and the term is
-not dropped; no 1e-9 is added to A.
+constant maps gives 0 instead of raising; a non-finite score gives NaN instead of being
+skipped; A has no 1e-9 added.
 
-This file needs PyTorch alone: 2.4 or newer, and 2.9 or newer to compile it, as the code
-that older releases generate for a CPU corrupts memory.
+This file requires PyTorch alone: 2.4, or 2.9 for torch.compile, as the code that older
+releases generate for a CPU corrupts memory.
 """
 
 import torch
@@ -86,8 +86,8 @@ def similarity_maps(
         query = query[:, :, :1]  # (B, heads, 1, d)
     else:  # the mean of <q_i, k> over i is <mean of q_i, k>
         query = query[:, :, prefix_tokens:].mean(2, keepdim=True, dtype=dtype)
-    # Not a matrix product, which autocast or TF32 would round to 8 or 10 bits: many
-    # scores would then fall on the wrong side of their mean.
+    # Not a matrix product, which autocast and TF32 round: many scores would then fall on
+    # the wrong side of their mean.
     query = query.to(dtype) * query.shape[-1] ** -0.5
     return (query * key.to(dtype)).sum(-1).unflatten(-1, (height, width))
 
@@ -99,8 +99,8 @@ def threshold_at_mean(similarity: torch.Tensor) -> torch.Tensor:
         similarity: floating point (..., H, W), scores before softmax.
 
     Returns:
-        (..., H, W), float64 for float64 input, else float32; all NaN if the sum of the
-        scores is not finite.
+        (..., H, W), float64 for float64 input, else float32; all NaN if a score, or the
+        sum of S - S[0,0], is not finite.
 
     Raises:
         TypeError: similarity is not floating point.
@@ -112,8 +112,8 @@ def threshold_at_mean(similarity: torch.Tensor) -> torch.Tensor:
         shape = tuple(similarity.shape)
         raise ValueError(f"similarity must be (..., H, W), got {shape}")
     similarity = similarity.to(torch.promote_types(similarity.dtype, torch.float32))
-    # Subtracting a score of the map cancels in S - m, and makes the mean of a constant
-    # map exact: rounding cannot lift such a map above its own mean.
+    # Shifting by one of the map's scores leaves S - m unchanged and makes the mean of a
+    # constant map exact, so rounding cannot lift such a map above its mean.
     shifted = similarity - similarity[..., :1, :1].detach()
     mean = shifted.mean((-2, -1), keepdim=True)
     mean = mean + 0 * mean.detach()  # infinity becomes NaN, which survives the ReLU
@@ -175,7 +175,7 @@ def entropy_of_masses(masses: torch.Tensor) -> torch.Tensor:
     probability = masses / total.where(total != 0, 1)
     # 0 ln 0 is 0: in the logarithm the smallest normal number stands for 0.
     log_probability = probability.clamp(min=torch.finfo(masses.dtype).tiny).log()
-    # The first term is 0, and NaN if the total overflows.
+    # The first term is 0, or NaN if the total is not finite.
     return 0 * total.squeeze(-1) - (probability * log_probability).sum(-1)
 
 
@@ -189,9 +189,8 @@ def spatial_entropy(similarity: torch.Tensor, reduction: str = "mean") -> torch.
 
     Returns:
         A scalar, or (...) with reduction="none"; float64 for float64 input, else
-        float32, also under autocast. It is 0 for a map with one component and for a
-        constant map, which has none; NaN for a map with non-finite scores, and for the
-        mean of no maps.
+        float32, also under autocast. It is 0 for a constant map and for one component,
+        NaN for non-finite scores. The mean over zero maps is NaN.
 
     Raises:
         TypeError: similarity is not floating point.
@@ -204,36 +203,44 @@ def spatial_entropy(similarity: torch.Tensor, reduction: str = "mean") -> torch.
 
 
 def _label(masks: torch.Tensor, stop_early: bool) -> torch.Tensor:
-    """Label the components of bool (M, H, W), none of them 0, by Boruvka's algorithm.
+    """Label the components of bool (M, H, W), with no dimension 0, by Boruvka's algorithm.
 
     The pixels of a 2x2 block all touch, so blocks are labeled, a quarter as many. Two
     blocks are linked if a foreground pixel of one touches one of the other. A class is
-    the set of blocks that have the same label. Each block starts as a class of its own,
-    labeled with its position. In a round, each class l
+    the set of blocks with the same label, the position of its last block. At first each
+    block is a class. In each round, every class l
 
     (a) finds t(l), the largest label among the other classes it is linked to, and
-    (b) points to max(l, t(l), t(t(l))); following these pointers to their ends, by
-        squaring them (pointer jumping), gives the new labels.
+    (b) points to max(l, t(l), t(t(l))), or to itself if it is linked to no other. The
+        blocks follow these pointers to their ends, by squaring them (pointer jumping).
 
-    As class t(l) is linked to class l, t(t(l)) >= l. So a pointer never descends, and it
-    stays at l only if t(t(l)) = l > t(l): then class t(l) points to l. Every class that
-    is left thus contains two old ones, unless it is a whole component. A component has
-    at most k = ceil(H / 2) * ceil(W / 2) classes, and each round halves the number of
-    those that are not whole: floor(log2(k)) rounds suffice, 5 for 14x14. From a block to
-    the end of its chain there are at most k pointers, and n squarings follow 2^n.
+    As class t(l) is linked to class l, t(t(l)) >= l. So pointers never descend, and a
+    class is led to its last block. A linked class points to itself only if t(t(l)) = l
+    > t(l); then class t(l) points to it. So every class that remains merges at least
+    two, unless it is a whole component, and each round at least halves the number of
+    classes of an unfinished component. That is at most ceil(H / 2) * ceil(W / 2) = k
+    at first: floor(log2(k)) rounds suffice, 5 for 14x14. Where c classes are left, a
+    block's chain has at most c pointers, one to its class and c - 1 on from there, and
+    n squarings follow 2^n.
 
-    stop_early ends each loop when nothing changes, for which the host reads the data.
+    stop_early ends both loops when nothing changes; this check makes the host wait.
     """
     number, height, width = masks.shape
     rows, columns = (height + 1) // 2, (width + 1) // 2
-    # All blocks lie in one line. A row and a column of empty blocks before each mask
-    # keep neighbors apart that are not: right is 1 step ahead, down is `down` steps.
+    # All blocks lie in one line. A padding row and column before each mask separate rows
+    # and masks; the right neighbor is at +1, the lower one at +down.
     down = columns + 1
     pixels = F.pad(masks, (2, 2 * columns - width, 2, 2 * rows - height))
     pixels = pixels.view(number, rows + 1, 2, down, 2)
-    a, b, c, d = pixels.permute(2, 4, 0, 1, 3).reshape(4, -1)  # a block is a b / c d
-    sides = (1, b | d, a | c), (down - 1, c, b), (down, c | d, a | b), (down + 1, d, a)
-    links = [(step, here[:-step] & there[step:]) for step, here, there in sides]
+    nw, ne, sw, se = pixels.permute(2, 4, 0, 1, 3).reshape(4, -1)  # of each block
+    links = []
+    for step, here, there in (
+        (1, ne | se, nw | sw),
+        (down - 1, sw, ne),
+        (down, sw | se, nw | ne),
+        (down + 1, se, nw),
+    ):
+        links.append((step, here[:-step] & there[step:]))
 
     labels = torch.arange((rows + 1) * down, device=masks.device).repeat(number, 1)
     dtype = torch.int16 if labels.shape[1] < 2**15 else torch.int32  # small is fast
@@ -248,7 +255,7 @@ def _label(masks: torch.Tensor, stop_early: bool) -> torch.Tensor:
             break
         largest = largest.view_as(labels).int()
         table = torch.zeros_like(largest).scatter_reduce_(1, labels, largest, "amax")
-        table = table.long()  # (a) for each class; 0 for none
+        table = table.long()  # (a) for each class; 0, a padding block, for none
         labels = labels.maximum(table).maximum(table.gather(1, table))  # (b)
         reach = 1  # how many pointers a look into `labels` follows
         while reach < classes:
@@ -266,8 +273,8 @@ def _label(masks: torch.Tensor, stop_early: bool) -> torch.Tensor:
     return labels[:, 2 : 2 + height, 2 : 2 + width].long()
 
 
-# torch.compile takes the labeling on the CPU as one node and does not look into it: the
-# number of rounds depends on the data. Its name is part of compiled code kept on disk.
+# One operator to torch.compile, as the number of rounds on a CPU depends on the data. Its
+# name is part of compiled code that is cached on disk.
 @torch.library.custom_op("spatial_entropy::connected_components", mutates_args=())
 def _label_as_one_operator(masks: torch.Tensor) -> torch.Tensor:
     return _label(masks, stop_early=True)

@@ -611,8 +611,7 @@ def load_trained(path: Path, args: argparse.Namespace) -> Trained:
     path = path / "checkpoint.pt" if path.is_dir() else path
     checkpoint = read_checkpoint(path)
     if "architecture" in checkpoint:
-        weights = "model_ema" if args.model_ema else "model"
-        model, checkpoint = load_run(path, weights)
+        model, checkpoint = load_run(path, args.model_ema)
         settings, classes = checkpoint["settings"], list(checkpoint["classes"])
         epochs = f"{checkpoint['epoch']} of {settings['epochs']} epochs"
         about = [f"{path}: {settings['model']} after {epochs}"]

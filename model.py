@@ -11,7 +11,7 @@ arXiv 2206.04636) needs two things in the last block:
 
 Only the CLS token of the last block reaches the classifier, so that block computes its
 query, attention, projection and MLP for the CLS token alone, from the keys and values
-of all tokens. The logits are those of the full block, for about half a block less work.
+of all tokens: the logits of the full block, for about a sixth of its operations.
 
 Letters in the shape comments:
     B images      C channels     H, W patches along height and width
@@ -63,12 +63,12 @@ class Attention(nn.Module):
         self.proj = nn.Linear(dim, dim)
 
     def split_heads(self, x: torch.Tensor, parts: int) -> tuple[torch.Tensor, ...]:
-        """(B, N, parts * D) -> parts times (B, h, N, d)."""
+        """Split (B, N, parts * D) into `parts` tensors (B, h, N, d)."""
         x = x.unflatten(-1, (parts, self.num_heads, -1))  # (B, N, parts, h, d)
         return x.permute(2, 0, 3, 1, 4).unbind(0)
 
     def merge_heads(self, x: torch.Tensor) -> torch.Tensor:
-        """(B, h, N, d) -> (B, N, D), projected."""
+        """Merge the heads and project: (B, h, N, d) -> (B, N, D)."""
         return self.proj(x.transpose(1, 2).flatten(2))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -113,7 +113,7 @@ class LastBlock(Block):
             self.norm2 = nn.Identity()
 
     def attend(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """(B, N, D) -> (B, 1 or N, D), scores (B, h, 1, N)."""
+        """Return the attention (B, 1 or N, D) and the scores (B, h, 1, N)."""
         attn, parts = self.attn, (x.shape[-1], 2 * x.shape[-1])
         if self.pool == "cls":
             q_weight, kv_weight = attn.qkv.weight.split(parts)
@@ -164,11 +164,10 @@ class VisionTransformer(nn.Module):
             after it; SAR removes both.
         pool: "cls" classifies the CLS token. "mean" has no CLS token and classifies the
             mean of the patch tokens; its map is the mean of the patch queries' maps.
-        init_std: standard deviation of the initial weights of linear layers. DeiT's
-            0.02 suits widths of some hundreds; width 96 learns several times faster
-            from 0.08.
-        pos_std: the same of the position embedding. From DeiT's 0.02 a ViT hardly tells
-            positions apart at first, as embedded patches have about 0.5.
+        init_std, pos_std: standard deviations of the initial weights of linear layers
+            and of the position embedding. DeiT's 0.02 suits widths of several hundred;
+            width 96 learns several times faster from 0.08. Embedded patches have about
+            0.5, so from a pos_std of 0.02 positions are hard to tell apart at first.
 
     Raises:
         ValueError: patch_size does not divide img_size, num_heads does not divide
@@ -225,12 +224,11 @@ class VisionTransformer(nn.Module):
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.trunc_normal_(module.weight, std=init_std)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
+                nn.init.zeros_(module.bias)
 
     @torch.no_grad()
     def resize(self, img_size: int | tuple[int, int]) -> None:
-        """Take images of another size from now on, by resizing the position embedding."""
+        """Change the input size by resizing the position embedding."""
         old = self.grid
         self.img_size, self.grid = sizes(img_size, self.patch_size)
         prefix = self.prefix_tokens
@@ -269,7 +267,7 @@ def sizes(img_size: int | tuple[int, int], patch_size: int) -> tuple:
 def resize_pos_embed(
     pos_embed: torch.Tensor, prefix: int, old: tuple[int, int], new: tuple[int, int]
 ) -> torch.Tensor:
-    """Resize bicubically, as DINO does: (1, prefix + old, D) -> (1, prefix + new, D)."""
+    """Resize bicubically, as DeiT does: (1, prefix + old, D) -> (1, prefix + new, D)."""
     if old == new:
         return pos_embed
     first, patches = pos_embed.tensor_split((prefix,), dim=1)
@@ -281,8 +279,8 @@ def resize_pos_embed(
 
 # ------------------------------------------------------------------------- checkpoints
 
-# What `read_checkpoint` accepts beside tensors and plain values: NumPy scalars, by the
-# names that NumPy 1 and 2 write, and the parsed arguments that DeiT and DINO keep.
+# Types allowed beside tensors and plain values: NumPy scalars, under the names that NumPy
+# 1 and 2 write, and argparse.Namespace (DeiT, DINO).
 _scalar = np.float64(0).__reduce__()[0]
 _codes = "?" + np.typecodes["AllInteger"] + np.typecodes["AllFloat"]
 SAFE = [argparse.Namespace, np.dtype, *{type(np.dtype(code)) for code in _codes}]
@@ -307,16 +305,17 @@ def read_checkpoint(path: str | os.PathLike) -> Mapping:
     try:
         with torch.serialization.safe_globals(SAFE):
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        checkpoint.keys()
-    except OSError:
-        raise
     except Exception as error:  # garbage makes the unpickler raise anything
         refused = re.search(r"GLOBAL (\S+)", str(error))
         if refused:
             raise ValueError(
-                f"{path} holds a {refused[1]}, which is not loaded as it may run code"
+                f"{path} contains {refused[1]}, which is not loaded as it could run code"
             ) from error
         raise ValueError(f"{path} is damaged or not a checkpoint") from error
+    if not hasattr(checkpoint, "items"):
+        raise ValueError(
+            f"{path} holds a {type(checkpoint).__name__}, not a checkpoint"
+        )
     return checkpoint
 
 
@@ -325,8 +324,8 @@ def find_weights(
 ) -> dict[str, torch.Tensor]:
     """Find the weights of a Vision Transformer in nested mappings, behind any prefix.
 
-    Of several, take the EMA weights only if `ema`, and a student's only if alone (DINO).
-    Return them by their names in `VisionTransformer`, or raise ValueError.
+    Of several, prefer EMA weights if and only if `ema` is set, then others to a student's
+    (DINO). Return them by their names in `VisionTransformer`, or raise ValueError.
     """
     found = {}  # where, such as "teacher.backbone." -> (mapping, prefix)
 
@@ -336,20 +335,25 @@ def find_weights(
                 search(value, f"{path}{name}.")
             elif str(name).endswith("patch_embed.proj.weight"):
                 prefix = name.removesuffix("patch_embed.proj.weight")
-                if f"{prefix}pos_embed" in mapping:
+                pos_embed = mapping.get(f"{prefix}pos_embed")
+                if isinstance(pos_embed, torch.Tensor) and pos_embed.dim() == 3:
                     found[path + prefix] = (mapping, prefix)
+
+    def rank(where: str) -> tuple[bool, bool]:
+        is_ema = bool(re.search(r"(^|[._])ema([._]|$)", where))
+        return is_ema != ema, "student" in where
 
     search(checkpoint, "")
     if not found:
         raise ValueError(f"{source} holds no Vision Transformer")
-    if ema and not any("ema" in where for where in found):
+    best = min(found, key=rank)
+    if ema and rank(best)[0]:
         raise ValueError(f"{source} has no EMA weights")
-    best = min(found, key=lambda where: (("ema" in where) != ema, "student" in where))
     mapping, prefix = found[best]
     return {
         name.removeprefix(prefix): value
         for name, value in mapping.items()
-        if name.startswith(prefix) and isinstance(value, torch.Tensor)
+        if str(name).startswith(prefix) and isinstance(value, torch.Tensor)
     }
 
 
@@ -358,35 +362,33 @@ def load_weights(
     weights: str | os.PathLike | Mapping,
     source: str = "the state dict",
 ) -> str:
-    """Load weights of this project, timm, DeiT or DINO into a model.
+    """Load weights of this project, timm, DeiT or DINO into a model, in place.
 
-    The position embedding is resized to the model's grid, from a square if it can be
-    one; a head for another number of classes is not loaded.
+    `weights` is a file, what `read_checkpoint` returned, or a state dict; `source` is
+    what messages call the latter two. The position embedding is resized to the model's
+    grid, from a square. A head with a different number of classes is skipped.
 
-    Args:
-        model: changed in place.
-        weights: a file, what `read_checkpoint` returned, or a state dict.
-        source: what errors and the returned sentence call a mapping.
-
-    Returns:
-        What was loaded, resized, left at its initial values and not used, in words.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: the weights cannot be read, or do not fit the model.
+    Return a sentence: what was loaded, resized, left at initial values, not used. Raise
+    ValueError if the weights cannot be read or do not fit; the model may then be partly
+    loaded.
     """
     if not isinstance(weights, Mapping):
         source, weights = str(weights), read_checkpoint(weights)
-    given, own, report = find_weights(weights, source), model.state_dict(), []
-    prefix = ("cls_token" in given) + ("dist_token" in given)
-    first, patches = given["pos_embed"].tensor_split((prefix,), dim=1)
+    given = find_weights(weights, source)
+    own = model.state_dict()
+    report = []
+    if "cls_token" in own and "cls_token" not in given:
+        raise ValueError(f"{source} does not fit the model: it has no cls_token")
+    tokens = ("cls_token" in given) + ("dist_token" in given)
+    first, patches = given["pos_embed"].tensor_split((tokens,), dim=1)
+    first = first[:, : model.prefix_tokens]
+    given["pos_embed"] = torch.cat((first, patches), dim=1)
     side = math.isqrt(patches.shape[1])
-    grid = (side, side) if side * side == patches.shape[1] else model.grid
-    prefix = model.prefix_tokens
-    pos_embed = torch.cat((first[:, :prefix], patches), dim=1)
-    given["pos_embed"] = resize_pos_embed(pos_embed, prefix, grid, model.grid)
-    if grid != model.grid:
-        change = "{}x{} -> {}x{}".format(*grid, *model.grid)
+    if side * side == patches.shape[1] != math.prod(model.grid):
+        given["pos_embed"] = resize_pos_embed(
+            given["pos_embed"], model.prefix_tokens, (side, side), model.grid
+        )
+        change = "{0}x{0} -> {1}x{2}".format(side, *model.grid)
         report.append(f"position embedding resized {change}")
     for name in ("head.weight", "head.bias"):
         if name in own and name in given and given[name].shape != own[name].shape:
@@ -399,8 +401,8 @@ def load_weights(
     for name in missing:
         if not name.startswith("head."):
             raise ValueError(f"{source} does not fit the model: it has no {name}")
-    # What a model of this kind can do without; other leftovers mean another architecture.
-    spare = rf"head.*|(cls|dist|mask)_token|blocks\.{len(model.blocks) - 1}\.norm2\..*"
+    # Leftovers that this model can ignore; any other means a different architecture.
+    spare = rf"head.*|(cls|dist)_token|blocks\.{len(model.blocks) - 1}\.norm2\..*"
     for name in unused:
         if not re.fullmatch(spare, name):
             raise ValueError(f"{source} does not fit the model, which has no {name}")
@@ -413,16 +415,17 @@ def load_weights(
 
 
 def load_run(
-    path: str | os.PathLike, weights: str = "model"
+    path: str | os.PathLike, ema: bool = False
 ) -> tuple[VisionTransformer, Mapping]:
-    """Load a run's model and whole checkpoint from a checkpoint.pt, onto the CPU.
+    """Load a run of train.py onto the CPU: its model and its whole checkpoint.
 
-    `weights` is "model", or "model_ema" for the EMA weights. Raises ValueError if
-    train.py did not write the file, or without them.
+    With `ema` the model has the EMA weights. Raise ValueError if train.py did not write
+    the file, or without such weights.
     """
     checkpoint = read_checkpoint(path)
     if "architecture" not in checkpoint:
         raise ValueError(f"{path} was not written by train.py")
+    weights = "model_ema" if ema else "model"
     if weights not in checkpoint:
         raise ValueError(f"{path} has no EMA weights")
     model = VisionTransformer(**checkpoint["architecture"])
@@ -433,23 +436,16 @@ def load_run(
 def model_of_weights(
     weights: Mapping, options: Mapping, source: str
 ) -> tuple[VisionTransformer, str]:
-    """Build the model that weights of timm, DeiT or DINO are for, and load them.
+    """Build the model for weights of timm, DeiT or DINO, and load them.
 
-    Args:
-        weights: from `find_weights`; they tell patch size, grid, classes and variant.
-        options: embed_dim, depth and num_heads.
-        source: what errors and the returned sentence call them.
-
-    Returns:
-        The model, without a head if they have none; and a sentence, as `load_weights`.
+    The `weights`, from `find_weights`, tell patch size, grid, classes and variant;
+    `options` are embed_dim, depth and num_heads. Return `load_weights`' sentence too.
     """
     patch_size = weights["patch_embed.proj.weight"].shape[-1]
     patches = weights["pos_embed"].shape[1] - ("cls_token" in weights)
     side = math.isqrt(patches)
     if side * side != patches:
-        raise ValueError(
-            f"{source} has positions of {patches} patches, not of a square"
-        )
+        raise ValueError(f"{source}: {patches} patch positions form no square grid")
     model = VisionTransformer(
         **options,
         img_size=side * patch_size,
