@@ -268,8 +268,6 @@ def resize_pos_embed(
     pos_embed: torch.Tensor, prefix: int, old: tuple[int, int], new: tuple[int, int]
 ) -> torch.Tensor:
     """Resize bicubically, as DeiT does: (1, prefix + old, D) -> (1, prefix + new, D)."""
-    if old == new:
-        return pos_embed
     first, patches = pos_embed.tensor_split((prefix,), dim=1)
     patches = patches.unflatten(1, old).permute(0, 3, 1, 2)  # (1, D, H, W)
     patches = F.interpolate(patches.float(), size=new, mode="bicubic")

@@ -643,7 +643,7 @@ def test_weights_are_found(tmp_path: Path) -> None:
         {"state_dict_ema": wrong, "state_dict": behind("model.", right) | other},
         {"model_state_dict": right, "optimizer": {"state": {0: {"step": 1}}}},
         {"net": {"module": right}, "args": argparse.Namespace(lr=1)},
-        {"schema": right, "ema": {"module": wrong}},
+        {"ema": {"module": wrong}, "schema": right | {"epoch": 3}},
         behind("module._orig_mod.", right),
         behind("student.", wrong) | behind("teacher.", right),
         {
