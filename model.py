@@ -388,14 +388,15 @@ def load_weights(
         )
         change = "{0}x{0} -> {1}x{2}".format(side, *model.grid)
         report.append(f"position embedding resized {change}")
-    for name in ("head.weight", "head.bias"):
-        if name in own and name in given and given[name].shape != own[name].shape:
+    for name, tensor in own.items():
+        if name in given and given[name].shape != tensor.shape:
+            if not name.startswith("head."):
+                shapes = f"{tuple(given[name].shape)}, not {tuple(tensor.shape)}"
+                raise ValueError(
+                    f"{source} does not fit the model: its {name} is {shapes}"
+                )
             del given[name]
-    try:
-        missing, unused = model.load_state_dict(given, strict=False)
-    except RuntimeError as error:  # shapes; its second line names the first
-        mismatch = str(error).splitlines()[1].strip()
-        raise ValueError(f"{source} does not fit the model: {mismatch}") from error
+    missing, unused = model.load_state_dict(given, strict=False)
     for name in missing:
         if not name.startswith("head."):
             raise ValueError(f"{source} does not fit the model: it has no {name}")
