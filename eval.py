@@ -20,6 +20,7 @@ import argparse
 import contextlib
 import copy
 import importlib
+import itertools
 import json
 import math
 import os
@@ -39,7 +40,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import torchvision
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks, save_image
 
@@ -61,7 +62,6 @@ from data import (
     normalizer,
     open_image,
     test_transform,
-    unreadable,
 )
 from entropy import (
     component_masses,
@@ -163,28 +163,8 @@ def hardware(device: torch.device) -> str:
     return f"{device.type} ({processor}, {threads} thread{'s' * (threads > 1)})"
 
 
-def grouped() -> bool:
-    """Whether this process works with others."""
-    return dist.is_available() and dist.is_initialized()
-
-
-def rank() -> int:
-    """The number of this process among those that torchrun started, 0 if it is alone."""
-    return torchrun("RANK", 0)
-
-
-def torchrun(name: str, alone: int) -> int:
-    """A variable that torchrun sets; schedulers set some of the same names."""
-    return int(os.environ[name]) if "TORCHELASTIC_RUN_ID" in os.environ else alone
-
-
 def say(text: str, stays: bool = True) -> None:
-    """Print a line; one that does not stay is for terminals, and is overwritten.
-
-    Of several processes, the first speaks.
-    """
-    if rank() > 0:
-        return
+    """Print a line; one that does not stay is for terminals, and is overwritten."""
     if not sys.stdout.isatty():
         if stays:
             print(text, flush=True)
@@ -308,7 +288,7 @@ def batch_totals(
 def sum_up(totals: list[torch.Tensor], device: torch.device) -> torch.Tensor:
     """The sum of the batches' totals, of all processes, as float64 on the CPU."""
     total = torch.stack(totals).cpu().double().sum(0)
-    if grouped():  # each has seen its share
+    if dist.is_available() and dist.is_initialized():  # each process has its share
         total = total.to(device)
         dist.all_reduce(total)
     return total.cpu()
@@ -928,8 +908,6 @@ def make_parser() -> Parser:
     size = {"type": whole, "nargs": "+", "metavar": "PIXELS"}
     add("--img-size", **size, help="side, or height and width (default: the model's)")
     add("--json", metavar="FILE", help="write all that is measured there")
-    skip = "leave out images that cannot be read, and say which"
-    add("--skip-unreadable", action="store_true", help=skip)
 
     group = parser.add_argument_group("accuracy")
     add = group.add_argument
@@ -1124,20 +1102,13 @@ class Evaluation:
         dataset: Images | Masked,
         *options: object,
     ) -> dict:
-        """Call `evaluate` or `segment` on all images of a data set.
-
-        Raises:
-            ValueError: images cannot be read; the sentence names and counts them.
-        """
+        """Call `evaluate` or `segment` on all images of a data set."""
         args, device = self.args, self.device
-        readable = dataset
-        if args.skip_unreadable:
-            readable = leave_out(unreadable(dataset), dataset, skip=True)
         batch_size = args.batch_size or self.trained.settings["batch_size"]
         if device.type == "cpu" and not args.batch_size:
             batch_size = cpu_batch_size(model)
         loader = make_loader(
-            readable,
+            dataset,
             batch_size,
             train=False,
             workers=args.workers,
@@ -1145,13 +1116,7 @@ class Evaluation:
         )
         normalize = normalizer(self.trained.mean, self.trained.std, device)
         given = (progress(loader), normalize, device, self.amp, *options)
-        try:
-            result = how(model.to(device), *given)
-        except OSError:
-            say("an image cannot be read; looking for others", stays=False)
-            leave_out(unreadable(dataset), dataset, skip=False)
-            raise
-        return result | {"left_out": len(dataset) - len(readable)}
+        return how(model.to(device), *given)
 
     def classifier(self) -> VisionTransformer:
         if not self.trained.num_classes:
@@ -1178,7 +1143,10 @@ class Evaluation:
     def accuracy(self) -> Callable[[], None]:
         """Classify the test images of a data set."""
         name, model = self.dataset, self.classifier()
-        dataset = self.test_set(test_transform(model.img_size, crop=self.crop))
+        height, width = model.img_size
+        if height != width:
+            raise ValueError("accuracy is measured on square images")
+        dataset = self.test_set(test_transform(height, crop=self.crop))
         try_first(dataset)
         classes, matched = match_classes(self.trained, dataset, name)
 
@@ -1201,33 +1169,32 @@ class Evaluation:
         """Classify corrupted images: the error of each corruption and severity."""
         folder, model, mce = self.args.corruptions, self.classifier(), self.args.mce
         crop = self.args.crop or "center"
-        sets = load_corruptions(
-            folder,
-            test_transform(model.img_size, crop=crop),
-            test_transform(model.img_size, crop=self.crop),
-        )
-        order = [*ALEXNET_ERRORS, *sorted(sets.keys() - ALEXNET_ERRORS.keys())]
+        found = load_corruptions(folder)
+        order = [*ALEXNET_ERRORS, *sorted({name for name, _ in found})]
         sets = {
-            (name, severity): images
-            for name in order
-            for severity, images in sets.get(name, {}).items()
+            (name, severity): found[name, severity]
+            for name in dict.fromkeys(order)
+            for severity in range(1, 6)
+            if (name, severity) in found
         }
-        matched = {
-            key: match_classes(self.trained, images, folder)
-            for key, images in sets.items()
-        }
-        classes = min(len(images.classes) for images in sets.values())
+
+        def read(key: tuple[str, int]) -> tuple[Images, torch.Tensor | None, str]:
+            images = sets[key]()
+            crop_of = crop if images.classes else self.crop
+            images.transform = test_transform(model.img_size[0], crop=crop_of)
+            return images, *match_classes(self.trained, images, folder)
+
+        # Before any work: whether the classes match, and the mCE can be given.
+        images, _, _ = read(next(iter(sets)))
+        classes = len(images.classes)
         if mce and not classes:
             raise ValueError(f"--mce takes the folders of ImageNet-C, not {folder}")
-        # Before any work: whether the input can be cropped, and the mCE be given.
-        try_first(next(iter(sets.values())).listed())
+        try_first(images)
         corruption_means(dict.fromkeys(sets, 0.0), mce, classes)
 
         def work() -> None:
             say(f"{folder}, {self.trained.size(model)}, {self.where}")
-            for sentence in dict.fromkeys(sentence for _, sentence in matched.values()):
-                if sentence:
-                    say(sentence)
+            told = set()
             errors, counts = {}, {}
             about = {"folder": folder, "classes": classes}
             about |= {
@@ -1238,7 +1205,10 @@ class Evaluation:
             say_row("error (%) at severity", [*levels, "mean"])
             for name in dict.fromkeys(name for name, _ in sets):
                 for key in (key for key in sets if key[0] == name):
-                    images, (which, _) = sets[key].listed(), matched[key]
+                    images, which, sentence = read(key)
+                    if sentence and sentence not in told:
+                        say(sentence)
+                    told.add(sentence)
                     result = self.measure(evaluate, model, images, which)
                     errors[key] = 100 - result["acc1"]
                     counts[key] = result["images"]
@@ -1303,9 +1273,12 @@ class Evaluation:
         """Draw the attention on images of a folder, or of the data set measured."""
         args, mass = self.args, PROTOCOLS[self.args.protocol].mass
         if args.images:
+            one = Path(args.images).is_file()
+            files = [args.images] if one else list_images(args.images)
+            if not files:
+                raise FileNotFoundError(f"there are no images in {args.images}")
             images, captions = self.first_images(
-                (lambda file=file: open_image(file), file.stem)
-                for file in list_images(args.images)
+                (lambda file=file: open_image(file), Path(file).stem) for file in files
             )
         else:
             images, captions = self.sample_images()
@@ -1349,7 +1322,7 @@ class Evaluation:
             order = torch.randperm(len(masks), generator=generator).tolist()
             chosen = sorted(order[:rows]) + order[rows:]
             return self.first_images(
-                (lambda index=index: masks.pair(index)[0], f"image {index}")
+                (lambda index=index: picture_of(masks.images[index]), f"image {index}")
                 for index in chosen
             )
         dataset = self.test_set(None)
@@ -1366,47 +1339,12 @@ class Evaluation:
     def first_images(
         self, candidates: Iterable[tuple[Callable, str]]
     ) -> tuple[list[torch.Tensor], list[str]]:
-        """The first --rows images that can be read, and their captions.
-
-        Raises:
-            ValueError: one cannot, and it was not asked to leave it out; or none can.
-        """
-        images, captions, bad = [], [], {}
-        for read, caption in candidates:
-            if len(images) == self.args.rows:
-                break
-            try:
-                images.append(AS_TENSOR(read()))
-                captions.append(caption)
-            except OSError as error:
-                bad[len(bad)] = str(error)
-        leave_out(bad, range(len(images) + len(bad)), self.args.skip_unreadable)
+        """The first --rows images, and their captions."""
+        images, captions = [], []
+        for read, caption in itertools.islice(candidates, self.args.rows):
+            images.append(AS_TENSOR(read()))
+            captions.append(caption)
         return images, captions
-
-
-def leave_out(bad: dict[int, str], dataset: Sequence, skip: bool) -> Dataset:
-    """A data set without the items that cannot be read, if that was asked for.
-
-    Args:
-        bad: from `data.unreadable`.
-        dataset: of which these are.
-        skip: whether it was asked for.
-
-    Raises:
-        ValueError: it was not, or nothing is left; the sentence names and counts them.
-    """
-    if not bad:
-        return dataset
-    errors, most = list(bad.values()), 5
-    more = [f"and {len(errors) - most} more"] if len(errors) > most else []
-    count, which = f"{len(bad)} of {len(dataset)}", "; ".join(errors[:most] + more)
-    if not skip:
-        hint = "--skip-unreadable leaves such images out"
-        raise ValueError(f"{count} images failed: {which} ({hint})")
-    if len(bad) == len(dataset):
-        raise ValueError(f"{count} images failed: {which}")
-    say(f"{count} images left out: {which}")
-    return Subset(dataset, [n for n in range(len(dataset)) if n not in bad])
 
 
 CPU_CACHE = 5e6  # bytes; fastest on two cores with 2 MB each of their own
@@ -1422,6 +1360,10 @@ def cpu_batch_size(model: VisionTransformer) -> int:
     return max(
         1, round(CPU_CACHE / (4 * tokens * model.blocks[0].mlp.fc1.out_features))
     )
+
+
+def picture_of(image: object) -> object:
+    return image if isinstance(image, torch.Tensor) else open_image(image)
 
 
 def try_first(dataset: Dataset) -> None:

@@ -6,26 +6,25 @@ so the two can be copied together; the other tests are then skipped.
 """
 
 import argparse
-import gzip
-import hashlib
+import contextlib
+import errno
 import importlib
+import itertools
 import json
 import math
 import os
 import pickle
 import re
 import runpy
+import shlex
 import shutil
 import signal
 import statistics
-import struct
 import subprocess
 import sys
-import tarfile
 import time
 import urllib.error
 import urllib.request
-import zlib
 from collections.abc import Iterable, Sequence
 from functools import partial
 from pathlib import Path
@@ -51,6 +50,7 @@ PROJECT = all(f.is_file() and "from entropy import" in f.read_text() for f in FI
 if PROJECT:
     import numpy
     import torchvision
+    from PIL import Image
     from torchvision.transforms import v2
 
     import data
@@ -774,8 +774,8 @@ def test_study(capsys, monkeypatch, tmp_path: Path) -> None:
     study["commands"]()
     commands = capsys.readouterr().out
     for line in commands.splitlines():
-        parts = re.split(r"\{ python | \$\(.*\) && python |; \}", line)
-        settings = train.parse_arguments(parts[1].split()[1:])[1]
+        parts = re.split(r"; else python |; fi && python |; \}", line)
+        settings = train.parse_args(parts[1].split()[1:])
         asked = evaluation.make_parser().parse_args(parts[2].split()[1:])
         assert str(asked.checkpoint) == f"{settings.output_dir}/checkpoint.pt"
         assert asked.json.startswith(settings.output_dir)
@@ -939,10 +939,8 @@ def test_study_collects_its_own_runs(capsys, tmp_path: Path) -> None:
     """Only complete ones, made with the settings that the study says."""
     study = runpy.run_path(str(HERE / ".study" / "study.py"))
     options = study["train_options"]("shapes-1000", "sar-0.3", 4).split()
-    args = train.parse_arguments(options)[1]
-    train.resolve(args)
     versions = dict.fromkeys(("torch", "torchvision", "python", "hardware"), "any")
-    header = train.settings(args) | versions
+    header = vars(train.parse_args(options)) | versions
     epoch = {"seconds": 6, "train_loss": 1, "test_loss": 1}
     epoch |= dict.fromkeys(("test_acc1", "test_entropy", "test_components"), 90)
     epoch |= {f"test_{key}_per_head": [90] for key in ("entropy", "components")}
@@ -969,8 +967,6 @@ def test_study_collects_its_own_runs(capsys, tmp_path: Path) -> None:
     assert found["minutes"] == pytest.approx(10)
     assert found["train_entropy_by_tenths"] == [10 * n + 5.5 for n in range(10)]
 
-    older = {name: value for name, value in header.items() if name != "pos_std"}
-    assert collect(older, epochs, {"segmentation": measured}) == found
     with pytest.raises(ValueError, match="not the study's settings: lr 0.1 -> 0.0"):
         collect(header | {"lr": 0.1}, epochs, {"segmentation": measured})
     with pytest.raises(ValueError, match="ended after 99 epochs"):
@@ -988,54 +984,22 @@ def test_study_collects_its_own_runs(capsys, tmp_path: Path) -> None:
 # ------------------------------------------------------------------------------- data
 
 
-@needs_project
-def test_shapes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(data, "SHAPES_COUNT", {"train": 80, "test": 40})
-    first, again, test = data.Shapes("train"), data.Shapes("train"), data.Shapes("test")
-    assert first.images.equal(again.images)
-    assert first.masks.equal(again.masks)
-    assert not first.images[:40].equal(test.images)
-    assert first.images.shape == (80, 3, 56, 56)
-    assert first.targets.bincount().tolist() == [10] * len(first.classes)
-    assert len(first.classes) >= 8
-    for image, mask in zip(test.images.float(), test.masks):
-        assert 0.02 < mask.float().mean() < 0.5
-        assert len(connected_components(mask)[mask].unique()) == 1
-        # The object has one colour: its pixels vary less than those of the background.
-        assert image[:, mask].std(1).mean() < image[:, ~mask].std(1).mean()
+def checksums(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    """Make torchvision take the files in a folder for the originals."""
+
+    def check(path: str, md5: str | None = None) -> bool:
+        return os.path.isfile(path)
+
+    for reader in ("cifar", "stl10", "svhn", "flowers102"):
+        module = importlib.import_module(f"torchvision.datasets.{reader}")
+        monkeypatch.setattr(module, "check_integrity", check)
 
 
-@needs_project
-def test_balanced_subset() -> None:
-    class Labels(torch.utils.data.Dataset):
-        targets = torch.tensor([0] * 50 + [1] * 30 + [2] * 5)
-
-        def __len__(self) -> int:
-            return len(self.targets)
-
-        def __getitem__(self, index: int) -> int:
-            return int(self.targets[index])
-
-    def counts(size: int, seed: int = 0) -> list[int]:
-        return (
-            torch.tensor(list(data.balanced_subset(Labels(), size, seed)))
-            .bincount()
-            .tolist()
-        )
-
-    assert counts(9) == [3, 3, 3]
-    assert sorted(counts(10)) == [3, 3, 4]
-    assert counts(45) == [20, 20, 5]
-    assert counts(85) == [50, 30, 5]
-    first, second = (data.balanced_subset(Labels(), 9, seed).indices for seed in (0, 1))
-    assert first == data.balanced_subset(Labels(), 9, 0).indices != second
-    with pytest.raises(
-        ValueError, match="86 images was asked for, of a data set of 85"
-    ):
-        data.balanced_subset(Labels(), 86, 0)
+def no_network(*_, **__) -> NoReturn:
+    raise urllib.error.URLError("no network")
 
 
-def write_cifar(folder: Path, name: str = "cifar-100-python", archive=False) -> None:
+def write_cifar(folder: Path, name: str = "cifar-100-python") -> None:
     """A miniature in the layout of the original: a few images in each file."""
     inside = folder / name
     inside.mkdir(parents=True)
@@ -1051,25 +1015,22 @@ def write_cifar(folder: Path, name: str = "cifar-100-python", archive=False) -> 
         files["batches.meta"] = {"label_names": names}
     for file, content in files.items():
         (inside / file).write_bytes(pickle.dumps(content))
-    if archive:
-        with tarfile.open(folder / f"{name}.tar.gz", "w:gz") as tar:
-            tar.add(inside, inside.name)
-        shutil.rmtree(inside)
 
 
 def write_fashion_mnist(folder: Path) -> None:
-    """A miniature in the layout of the original: gzipped idx files."""
+    """A miniature in the layout of the original: idx files."""
     raw = folder / "FashionMNIST" / "raw"
     raw.mkdir(parents=True)
-
-    def write(name: str, magic: int, array: torch.Tensor) -> None:
-        header = b"".join(n.to_bytes(4, "big") for n in (magic, *array.shape))
-        with gzip.open(raw / f"{name}-ubyte.gz", "wb") as file:
-            file.write(header + array.to(torch.uint8).numpy().tobytes())
-
     for split, count in (("train", 20), ("t10k", 10)):
-        write(f"{split}-images-idx3", 2051, torch.randint(256, (count, 28, 28)))
-        write(f"{split}-labels-idx1", 2049, torch.arange(count) % 10)
+        images = torch.randint(256, (count, 28, 28), dtype=torch.uint8)
+        labels = torch.arange(count, dtype=torch.uint8) % 10
+        for kind, magic, array in (
+            ("images-idx3", 2051, images),
+            ("labels-idx1", 2049, labels),
+        ):
+            header = b"".join(n.to_bytes(4, "big") for n in (magic, *array.shape))
+            file = raw / f"{split}-{kind}-ubyte"
+            file.write_bytes(header + array.numpy().tobytes())
 
 
 def write_images(folder: Path, names: Iterable[str]) -> None:
@@ -1080,7 +1041,7 @@ def write_images(folder: Path, names: Iterable[str]) -> None:
 
 
 def write_mask(path: Path, mask: torch.Tensor) -> None:
-    """As VOC's: an image whose pixels are numbers of colours in a table."""
+    """As VOC's: an image whose pixels are numbers of colors in a table."""
     path.parent.mkdir(parents=True, exist_ok=True)
     image = v2.functional.to_pil_image(mask.to(torch.uint8)[None])
     image.putpalette([37 * n % 256 for n in range(768)])
@@ -1100,7 +1061,6 @@ def write_voc2012(folder: Path) -> None:
         write_mask(inside / "SegmentationClass" / f"{name}.png", mask)
     lists = inside / "ImageSets" / "Segmentation"
     lists.mkdir(parents=True)
-    (lists / "train.txt").write_text("2007_000032\n")
     (lists / "val.txt").write_text("".join(f"{name}\n" for name in names))
 
 
@@ -1109,50 +1069,18 @@ def write_folder(
     classes: Sequence[str] = ("cat", "dog"),
     splits: tuple[str, str] = ("train", "val"),
 ) -> None:
-    counts = zip(splits, (6, 2))
-    files = [
-        (part, name, i) for part, n in counts for name in classes for i in range(n)
-    ]
-    write_images(folder, (f"{part}/{name}/{i}.png" for part, name, i in files))
-
-
-def mat_file(arrays: dict[str, torch.Tensor]) -> bytes:
-    """A MATLAB 5.0 file; its arrays are compressed in turns."""
-
-    def element(kind: int, content: bytes) -> bytes:
-        if len(content) <= 4:
-            return struct.pack("<HH4s", kind, len(content), content)
-        return (
-            struct.pack("<II", kind, len(content))
-            + content
-            + b"\0" * (-len(content) % 8)
-        )
-
-    file = b"MATLAB 5.0 MAT-file".ljust(124) + b"\0\1IM"
-    for number, (name, array) in enumerate(arrays.items()):
-        columns = array.permute(*range(array.ndim)[::-1]).contiguous().numpy().tobytes()
-        matrix = element(6, struct.pack("<II", 9, 0))  # flags: class 9 is uint8
-        matrix += element(5, struct.pack(f"<{array.ndim}i", *array.shape))
-        matrix += element(1, name.encode()) + element(2, columns)
-        matrix = element(14, matrix)
-        if number % 2 == 0:
-            matrix = zlib.compress(matrix)
-            matrix = struct.pack("<II", 15, len(matrix)) + matrix
-        file += matrix
-    return file
+    for part, count in zip(splits, (6, 2)):
+        for name in classes:
+            write_images(folder, (f"{part}/{name}/{i}.png" for i in range(count)))
 
 
 def write_svhn(folder: Path) -> None:
-    folder.mkdir(exist_ok=True)
+    scipy_io = pytest.importorskip("scipy.io")
     for split, count in (("train", 9), ("test", 5)):
-        labels = torch.arange(1, count + 1, dtype=torch.uint8)[:, None]
+        labels = torch.arange(1, count + 1, dtype=torch.uint8)[:, None].numpy()
         labels[-1] = 10  # the digit 0
-        # Row, column and channel of every pixel, and the image's number.
-        places = torch.cartesian_prod(*(torch.arange(n) for n in (32, 32, 3, count)))
-        pixels = (places * torch.tensor([1, 2, 3, 5])).sum(1).to(torch.uint8)
-        pixels = pixels.view(32, 32, 3, count)
-        content = mat_file({"X": pixels, "y": labels})
-        (folder / f"{split}_32x32.mat").write_bytes(content)
+        pixels = torch.randint(256, (32, 32, 3, count), dtype=torch.uint8).numpy()
+        scipy_io.savemat(folder / f"{split}_32x32.mat", {"X": pixels, "y": labels})
 
 
 def write_stl10(folder: Path) -> None:
@@ -1167,31 +1095,29 @@ def write_stl10(folder: Path) -> None:
 
 
 def write_flowers102(folder: Path) -> None:
+    scipy_io = pytest.importorskip("scipy.io")
     inside = folder / "flowers-102"
     write_images(inside, (f"jpg/image_{n:05}.jpg" for n in range(1, 13)))
-    ids = torch.randperm(12, dtype=torch.uint8)[None] + 1
+    ids = numpy.array([[3, 1, 2, 12, 11, 10, 4, 5, 6, 9, 8, 7]])
     parts = {"trnid": ids[:, :3], "valid": ids[:, 3:7], "tstid": ids[:, 7:]}
-    (inside / "setid.mat").write_bytes(mat_file(parts))
-    labels = torch.arange(91, 103, dtype=torch.uint8)[None]
-    (inside / "imagelabels.mat").write_bytes(mat_file({"labels": labels}))
+    scipy_io.savemat(inside / "setid.mat", parts)
+    labels = {"labels": numpy.arange(91, 103)[None]}
+    scipy_io.savemat(inside / "imagelabels.mat", labels)
 
 
 def write_pets(folder: Path) -> None:
     inside = folder / "oxford-iiit-pet"
     (inside / "annotations").mkdir(parents=True)
     for split, count in (("trainval", 3), ("test", 2)):
-        names = [
-            f"{n}_{i}"
-            for n in ("Abyssinian", "yorkshire_terrier")
-            for i in range(count)
-        ]
+        kinds = ("Abyssinian", "yorkshire_terrier")
+        names = [f"{n}_{i}" for n in kinds for i in range(count)]
         write_images(inside / "images", (f"{name}.jpg" for name in names))
         for name in names:  # of pixels 1 is pet, 2 background, 3 border
             trimap = torch.full((40, 60), 2)
             trimap[10:20, 10:30], trimap[12:20, 12:28] = 3, 1
             write_mask(inside / "annotations" / "trimaps" / f"{name}.png", trimap)
-        lines = [f"{name} {1 + (i >= count)} 1 1" for i, name in enumerate(names)]
-        (inside / "annotations" / f"{split}.txt").write_text("\n".join(lines) + "\n")
+        lines = [f"{name} {1 + (i >= count)} 1 1\n" for i, name in enumerate(names)]
+        (inside / "annotations" / f"{split}.txt").write_text("".join(lines))
 
 
 def write_food101(folder: Path) -> None:
@@ -1200,300 +1126,417 @@ def write_food101(folder: Path) -> None:
     for split, count in (("train", 3), ("test", 1)):
         files = {n: [f"{n}/{split}{i}" for i in range(count)] for n in ("pho", "ramen")}
         (inside / "meta" / f"{split}.json").write_text(json.dumps(files))
-        write_images(
-            inside / "images", (f"{f}.jpg" for each in files.values() for f in each)
-        )
+        every = (f"{file}.jpg" for each in files.values() for file in each)
+        write_images(inside / "images", every)
 
 
 def write_domainnet(folder: Path) -> None:
     for split, count in (("train", 3), ("test", 1)):
-        names = [
-            f"sketch/{n}/{split}{i}.jpg" for n in ("ant", "owl") for i in range(count)
-        ]
+        kinds = ("ant", "owl")
+        names = [f"sketch/{n}/{split}{i}.jpg" for n in kinds for i in range(count)]
         write_images(folder, names)
         lines = [f"{name} {int('owl' in name)}\n" for name in reversed(names)]
         (folder / f"sketch_{split}.txt").write_text("".join(lines))
 
 
-WNIDS = ("n01440764", "n01443537")
-SPECIES = (
-    "00000_Animalia_Annelida_Clitellata",
-    "00001_Plantae_Bryophyta_Polytrichales",
-)
+YEAR2021 = {"splits": ("2021_train", "2021_valid")}
 
 
 @needs_project
-@pytest.mark.parametrize("crop", ["resized", "padded"])
 @pytest.mark.parametrize(
-    "name, write, classes, sizes",
+    "name, write, classes, train_labels, test_labels",
     [
-        ("cifar10", partial(write_cifar, name="cifar-10-batches-py"), 10, (40, 8)),
-        ("cifar100", write_cifar, 100, (8, 8)),
-        ("cifar100", partial(write_cifar, archive=True), 100, (8, 8)),
-        ("svhn", write_svhn, 10, (9, 5)),
-        ("stl10", write_stl10, 10, (10, 4)),
-        ("fashion-mnist", write_fashion_mnist, 10, (20, 10)),
-        ("flowers102", write_flowers102, 102, (7, 5)),
-        ("pets", write_pets, 2, (6, 4)),
-        ("food101", write_food101, 2, (6, 2)),
-        ("imagenet", partial(write_folder, classes=WNIDS), 2, (12, 4)),
         (
-            "inaturalist",
-            partial(write_folder, classes=SPECIES, splits=("2021_train", "2021_valid")),
-            2,
-            (12, 4),
+            "cifar10",
+            partial(write_cifar, name="cifar-10-batches-py"),
+            10,
+            5 * [*range(8)],
+            [*range(8)],
         ),
-        ("domainnet-sketch", write_domainnet, 2, (6, 2)),
-        ("folder", write_folder, 2, (12, 4)),
+        ("cifar100", write_cifar, 100, [*range(0, 80, 10)], [*range(0, 80, 10)]),
+        ("svhn", write_svhn, 10, [*range(1, 9), 0], [1, 2, 3, 4, 0]),
+        ("stl10", write_stl10, 10, [*range(10)], [0, 1, 2, 3]),
+        ("fashion-mnist", write_fashion_mnist, 10, 2 * [*range(10)], [*range(10)]),
+        # Images 3, 1, 2 of train, then those of val.
+        (
+            "flowers102",
+            write_flowers102,
+            102,
+            [92, 90, 91, 101, 100, 99, 93],
+            [94, 95, 98, 97, 96],
+        ),
+        ("pets", write_pets, 2, [0, 0, 0, 1, 1, 1], [0, 0, 1, 1]),
+        ("food101", write_food101, 2, [0, 0, 0, 1, 1, 1], [0, 1]),
+        ("imagenet", write_folder, 2, 6 * [0] + 6 * [1], [0, 0, 1, 1]),
+        ("inaturalist", partial(write_folder, **YEAR2021), 2, 6 * [0] + 6 * [1], None),
+        ("domainnet-sketch", write_domainnet, 2, [1, 1, 1, 0, 0, 0], [1, 0]),
+        ("folder", write_folder, 2, 6 * [0] + 6 * [1], [0, 0, 1, 1]),
     ],
 )
-def test_data_sets_on_disk(
-    name, write, classes, sizes, crop, tmp_path: Path, monkeypatch
+def test_every_dataset(
+    name, write, classes, train_labels, test_labels, tmp_path, monkeypatch
 ) -> None:
+    """A miniature in the layout of the original, from the files to normalized batches."""
+    checksums(monkeypatch, tmp_path)
     monkeypatch.setattr(urllib.request, "urlopen", no_network)
     write(tmp_path)
-    augment = data.train_transform(name, 32, crop=crop, rand_augment=9, reprob=1.0)
-    plain = data.test_transform(32, crop=crop)
     source = data.DATASETS[name]
-    normalize = data.normalizer(source.mean, source.std, torch.device("cpu"))
-    for split, transform, size in zip(("train", "test"), (augment, plain), sizes):
+    for split, labels in (("train", train_labels), ("test", test_labels)):
+        if split == "train":
+            options = {"crop": "resized", "rand_augment": 9, "reprob": 1.0}
+            transform = data.train_transform(name, 48, **options)
+        else:
+            transform = data.test_transform(48, crop="resized")
         dataset = data.load_dataset(name, tmp_path, split, transform)
-        assert len(dataset) == size
-        assert len(dataset.classes) == len(set(dataset.classes)) == classes
-        train = split == "train"
-        batch = min(3, size)
-        loader = data.make_loader(
-            dataset, batch, train=train, workers=0, pin_memory=False
+        assert dataset.targets.tolist() == (labels or [0, 0, 1, 1])
+        assert len(dataset) == len(dataset.images)
+        assert len(set(dataset.classes)) == len(dataset.classes) == classes
+        (images, got), *_ = data.make_loader(
+            dataset, len(dataset), train=False, workers=0, pin_memory=False
         )
-        seen = []
-        for images, labels in loader:
-            assert images.dtype == torch.uint8
-            assert images.shape == (len(labels), 3, 32, 32)
-            assert normalize(images).isfinite().all()
-            seen += labels.tolist()
-        assert len(seen) == (size // batch * batch if train else size)
-        assert train or seen == dataset.targets.tolist()
-        assert 0 <= min(seen) <= max(seen) < classes
+        assert got.equal(dataset.targets)
+        assert images.dtype == torch.uint8
+        assert images.shape == (len(got), 3, 48, 48)
+        normalize = data.normalizer(source.mean, source.std, torch.device("cpu"))
+        mean, std = (torch.tensor(x).view(3, 1, 1) for x in (source.mean, source.std))
+        expected = (images / 255 - mean) / std
+        torch.testing.assert_close(normalize(images), expected)
 
 
 @needs_project
 @pytest.mark.parametrize("name", sorted(data.DATASETS) if PROJECT else [])
-def test_a_data_set_that_is_not_there(name, tmp_path, monkeypatch) -> None:
-    """The message says where it was looked for; and nothing is left behind."""
+def test_a_dataset_that_is_not_there(name, tmp_path, monkeypatch) -> None:
+    """The message says where it was looked for, and where to get it."""
     monkeypatch.setattr(urllib.request, "urlopen", no_network)
     if name == "shapes":
         return
-    path = data.DATASETS[name].path.split(" and ")[0].rstrip("/")
-    with pytest.raises(FileNotFoundError, match=f"{tmp_path}/nowhere/{path}"):
-        data.load_dataset(name, tmp_path / "nowhere", "train", None)
-    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(FileNotFoundError, match=re.escape(f"{tmp_path}/no")) as error:
+        data.load_dataset(name, tmp_path / "no", "train", None)
+    assert data.DATASETS[name].url in str(error.value)
+    assert "--data-dir" in str(error.value)
 
 
 @needs_project
-def test_labels_are_those_of_the_files(tmp_path: Path) -> None:
-    write_svhn(tmp_path)
-    digits = data.load_dataset("svhn", tmp_path, "test", None)
-    assert digits.targets.tolist() == [1, 2, 3, 4, 0]
-    assert digits.images[4][7, 9].tolist() == [
-        7 + 2 * 9 + 3 * c + 5 * 4 for c in range(3)
+def test_a_missing_scipy_is_named(tmp_path, monkeypatch) -> None:
+    checksums(monkeypatch, tmp_path)
+    monkeypatch.setitem(sys.modules, "scipy", None)
+    monkeypatch.setitem(sys.modules, "scipy.io", None)
+    (tmp_path / "train_32x32.mat").touch()
+    with pytest.raises(ValueError, match="svhn .*: pip install scipy"):
+        data.load_dataset("svhn", tmp_path, "train", None)
+
+
+@needs_project
+def test_images_are_read_as_people_see_them(tmp_path: Path) -> None:
+    """16 bits scaled, EXIF upright, what is transparent white; the rest as Pillow does."""
+
+    def read(image, suffix: str = "png", **options) -> list:
+        image.save(tmp_path / f"image.{suffix}", **options)
+        return numpy.asarray(data.open_image(tmp_path / f"image.{suffix}")).tolist()
+
+    gray = numpy.array([[0, 1, 100, 200, 255]])
+    deep = Image.fromarray((257 * gray + [[0, 99, -99, 50, 0]]).astype(numpy.uint16))
+    expected = [[[v, v, v] for v in gray[0].tolist()]]
+    for suffix in ("png", "tif", "pgm"):
+        assert read(deep, suffix) == expected
+    for scale in (numpy.float32, numpy.int32):
+        with pytest.raises(OSError, match="image.tif cannot be read.*no known scale"):
+            read(Image.fromarray((1000 * gray).astype(scale)), "tif")
+
+    photo = Image.new("RGB", (4, 3))
+    photo.paste("red", (0, 0, 1, 3))  # the left column
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was turned: the left column is the top row
+    for suffix in ("png", "tif", "webp"):
+        options = {"lossless": True} if suffix == "webp" else {}
+        upright = numpy.array(read(photo, suffix, exif=exif, **options))
+        assert upright.shape == (4, 3, 3)
+        assert (upright[0] == [255, 0, 0]).all()
+        assert (upright[1:] == 0).all()
+
+    # Black, opaque and half transparent and transparent; then green.
+    art = [(0, 0, 0, 255), (0, 0, 0, 128), (0, 0, 0, 0), (0, 200, 0, 255)]
+    rgba = Image.new("RGBA", (4, 1))
+    rgba.putdata(art)
+    assert read(rgba) == [[[0] * 3, [127] * 3, [255] * 3, [0, 200, 0]]]
+    assert read(rgba.convert("LA"))[0][:3] == [[0] * 3, [127] * 3, [255] * 3]
+    palette = Image.new("P", (2, 1))
+    palette.putpalette([0, 0, 0, 9, 9, 9])
+    palette.putdata([0, 1])
+    assert read(palette, transparency=0) == [[[255] * 3, [9] * 3]]
+    assert read(Image.new("L", (1, 1), 7), transparency=7) == [[[255] * 3]]
+
+    for mode in ("1", "L", "P", "RGB", "CMYK", "YCbCr", "LAB"):
+        image, suffix = rgba.convert("RGB"), "tif"
+        if mode == "LAB":
+            image = Image.new("LAB", (4, 1), (120, 3, 5))
+        image = image.convert(mode)
+        expected = numpy.asarray(image.convert("RGB")).tolist()
+        assert read(image, suffix) == expected, mode
+
+    (tmp_path / "broken.png").write_text("no image")
+    with pytest.raises(OSError, match="broken.png cannot be read"):
+        data.open_image(tmp_path / "broken.png")
+
+
+@needs_project
+def test_hidden_files_are_left_out(tmp_path: Path) -> None:
+    write_folder(tmp_path)
+    hidden = (".ipynb_checkpoints/a.png", "cat/._0.png", "dog/.thumbnails/b.png")
+    write_images(tmp_path / "train", [*hidden, "dog/more/c.png"])
+    (tmp_path / "train" / "dog" / "notes.txt").touch()
+    dataset = data.load_dataset("folder", tmp_path, "train", None)
+    assert dataset.classes == ["cat", "dog"]
+    names = [f"cat/{i}.png" for i in range(6)] + [f"dog/{i}.png" for i in range(6)]
+    files = [str(tmp_path / "train" / name) for name in [*names, "dog/more/c.png"]]
+    assert [*dataset.images] == files == data.list_images(tmp_path / "train")
+    # In the order of torchvision.
+    assert files == [
+        file
+        for file, _ in torchvision.datasets.ImageFolder(
+            tmp_path / "train",
+            is_valid_file=lambda file: file in files,
+            allow_empty=True,
+        ).samples
     ]
 
-    write_flowers102(tmp_path)
-    for split, parts in (("train", ("trnid", "valid")), ("test", ("tstid",))):
-        flowers = data.load_dataset("flowers102", tmp_path, split, None)
-        ids = data.read_mat(tmp_path / "flowers-102" / "setid.mat")
-        numbers = [int(n) for part in parts for n in ids[part].ravel()]
-        assert [Path(file).stem for file in flowers.images] == [
-            f"image_{n:05}" for n in numbers
-        ]
-        assert flowers.targets.tolist() == [n + 89 for n in numbers]
 
-    write_domainnet(tmp_path)
-    sketches = data.load_dataset("domainnet-sketch", tmp_path, "train", None)
-    assert sketches.classes == ["ant", "owl"]
-    folders = [Path(file).parent.name for file in sketches.images]
-    assert folders == [sketches.classes[n] for n in sketches.targets]
-    with (tmp_path / "sketch_train.txt").open("a") as file:
-        file.write("sketch/ant/more.jpg 1\n")
-    with pytest.raises(ValueError, match="label 1 is of owl and ant"):
-        data.load_dataset("domainnet-sketch", tmp_path, "train", None)
+@needs_project
+def test_class_folders(tmp_path, capsys) -> None:
+    def load(split: str):
+        return data.load_dataset("folder", tmp_path, split, None)
+
+    write_folder(tmp_path, ("ant", "bee", "cat"))
+    shutil.rmtree(tmp_path / "val" / "ant")
+    (tmp_path / "val" / "bee" / "0.png").unlink()
+    (tmp_path / "val" / "bee" / "1.png").unlink()
+    test = load("test")  # labels are by name, so they do not shift
+    assert test.classes == load("train").classes == ["ant", "bee", "cat"]
+    assert test.targets.tolist() == [2, 2]
+    assert f"{tmp_path}/val has no images of ant and 1 more" in capsys.readouterr().out
+
+    write_images(tmp_path / "val", ("dog/0.png", "elk/0.png"))
+    with pytest.raises(
+        ValueError, match="val has .* dog and 1 more, which train/ lacks"
+    ):
+        load("test")
+    (tmp_path / "train" / "fox").mkdir()
+    with pytest.raises(ValueError, match="train has no images of fox"):
+        load("train")
+    (tmp_path / "train").rename(tmp_path / "images")
+    (tmp_path / "train").mkdir()
+    with pytest.raises(ValueError, match="train .*two classes.*found: no folder"):
+        load("train")
+    (tmp_path / "images").rename(tmp_path / "train" / "images")  # one folder too many
+    with pytest.raises(ValueError, match="train .*two classes.*found: images"):
+        load("train")
+    # Class folders alone, to evaluate.
+    dataset = data.load_dataset("folder", tmp_path / "train" / "images", "test", None)
+    assert dataset.classes == ["ant", "bee", "cat", "fox"]
+    assert len(dataset) == 18
 
 
 @needs_project
-def test_mat_files_are_read_like_scipy_does(tmp_path: Path) -> None:
-    scipy_io = pytest.importorskip("scipy.io")
-    generator = data.np.random.default_rng(0)
-    arrays = {
-        "pixels": generator.integers(0, 256, (4, 5, 3, 7), dtype="uint8"),
-        "doubles": generator.normal(size=(3, 4)),
-        "floats": generator.normal(size=(2, 3)).astype("float32"),
-        "long": data.np.arange(5)[None],
-        "one": data.np.uint8([[3]]),
-        "empty": data.np.zeros((0, 3)),
-    }
-    others = {"text": "text", "struct": {"a": 1}, "complex": data.np.array([[1 + 2j]])}
-    for compressed in (False, True):
-        contents = arrays | others
-        scipy_io.savemat(tmp_path / "file.mat", contents, do_compression=compressed)
-        got = data.read_mat(tmp_path / "file.mat")
-        assert got.keys() == arrays.keys()
-        for name, array in arrays.items():
-            assert got[name].shape == array.shape
-            assert (got[name] == array).all()
+def test_shapes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(data, "SHAPES_COUNT", {"train": 80, "test": 40})
+    (first, masks), (again, _) = data.make_shapes("train"), data.make_shapes("train")
+    test, test_masks = data.make_shapes("test")
+    assert first.images.equal(again.images)
+    assert not first.images[:40].equal(test.images)
+    assert first.images.shape == (80, 3, 56, 56)
+    assert masks.shape == (80, 56, 56)
+    assert first.targets.bincount().tolist() == [10] * len(first.classes)
+    assert len(first.classes) == 8
+    for image, mask in zip(test.images.float(), test_masks):
+        assert 0.02 < mask.float().mean() < 0.5
+        assert len(connected_components(mask)[mask].unique()) == 1
+        # The object has one color: its pixels vary less than those of the background.
+        assert image[:, mask].std(1).mean() < image[:, ~mask].std(1).mean()
 
 
 @needs_project
-def test_original_files_are_known_by_their_checksums(
-    tmp_path, monkeypatch, capsys
-) -> None:
-    """A miniature's own checksums in place of the original's: nothing is said."""
+def test_balanced_subset() -> None:
+    targets = torch.tensor([0] * 50 + [1] * 30 + [2] * 5)
+    dataset = data.Images(targets, targets, ["a", "b", "c"])
 
-    def md5(*parts: str) -> str:
-        return hashlib.md5(tmp_path.joinpath(*parts).read_bytes()).hexdigest()
+    def subset(size: int, seed: int = 0) -> list[int]:
+        return list(data.balanced_subset(dataset, size, seed).indices)
 
-    def read(name: str) -> str:
-        data.load_dataset(name, tmp_path, "train", None)
-        return capsys.readouterr().out
+    def counts(size: int) -> list[int]:
+        return targets[subset(size)].bincount().tolist()
 
-    for write in (write_cifar, write_svhn, write_stl10, write_flowers102):
-        write(tmp_path)
-    names = ("cifar100", "svhn", "stl10", "flowers102")
-    for name in names:
-        assert "lacks the original's checksums" in read(name)
-    for reader in (torchvision.datasets.CIFAR100, torchvision.datasets.STL10):
-        for table in ("train_list", "test_list"):
-            rows = [(f, md5(reader.base_folder, f)) for f, _ in getattr(reader, table)]
-            monkeypatch.setattr(reader, table, rows)
-    meta = data.datasets.CIFAR100.meta | {"md5": md5("cifar-100-python", "meta")}
-    monkeypatch.setattr(data.datasets.CIFAR100, "meta", meta)
-    row = ("url", "train_32x32.mat", md5("train_32x32.mat"))
-    monkeypatch.setitem(data.SVHN.split_list, "train", row)
-    for key, file in (("label", "imagelabels.mat"), ("setid", "setid.mat")):
-        row = (file, md5("flowers-102", file))
-        monkeypatch.setitem(data.Flowers102._file_dict, key, row)
-    assert [read(name) for name in names] == [""] * 4
+    assert counts(9) == [3, 3, 3]
+    assert sorted(counts(10)) == [3, 3, 4]
+    assert counts(45) == [20, 20, 5]
+    assert counts(85) == [50, 30, 5]
+    assert subset(9) == sorted(subset(9)) != subset(9, seed=1)
+    with pytest.raises(ValueError, match="--train-size 86 exceeds the 85 training"):
+        subset(86)
 
 
 @needs_project
-@pytest.mark.parametrize("limit, files", [(1e9, False), (12 * 40 * 60 * 3 - 1, True)])
-def test_images_are_decoded_once(limit, files, tmp_path: Path) -> None:
-    write_folder(tmp_path)
-    dataset = data.load_dataset("folder", tmp_path, "train", v2.ToImage())
-    before = [dataset[index][0] for index in range(12)]
-    assert data.decode_once(dataset, limit) != files
-    assert not data.decode_once(dataset, limit)  # not a second time
-    if not files:
-        shutil.rmtree(tmp_path / "train")
-    for index in range(12):
-        assert dataset[index][0].equal(before[index])
+def test_transforms(monkeypatch) -> None:
+    """The pixels of plain calls of torchvision."""
+    functional, bicubic = v2.functional, v2.InterpolationMode.BICUBIC
+    image = functional.to_pil_image(torch.rand(3, 50, 70))
+    whole = functional.resize(image, [28, 28], bicubic)
+    covered = functional.resize(image, [32], bicubic)
+    for crop, expected in (
+        ("resized", functional.center_crop(covered, [28])),
+        ("center", functional.center_crop(image, [28])),
+        ("whole", whole),
+        ("padded", whole),
+    ):
+        got = data.test_transform(28, crop=crop)(image)
+        assert got.equal(functional.pil_to_tensor(expected))
 
-    write_folder(tmp_path / "other")
-    dataset = data.load_dataset("folder", tmp_path / "other", "train", v2.ToImage())
-    subset = data.balanced_subset(dataset, 3, 0)
-    before = [subset[index][0] for index in range(3)]
-    assert data.decode_once(subset, limit)
-    assert len(dataset.images.places) == 3  # no more than these
-    assert all(subset[index][0].equal(before[index]) for index in range(3))
+    def draws(count: int, **options) -> list[torch.Tensor]:
+        options = {"crop": "whole", "rand_augment": 0, "reprob": 0.0} | options
+        transform = data.train_transform("cifar10", 28, **options)
+        return [transform(image) for _ in range(count)]
+
+    canvas = functional.pad(whole, 3, fill=[124, 116, 104])
+    for crop, shifts in (("whole", (3,)), ("padded", range(7))):
+        every = [functional.crop(canvas, i, j, 28, 28) for i in shifts for j in shifts]
+        every += [functional.horizontal_flip(each) for each in every]
+        every = {functional.pil_to_tensor(each).numpy().tobytes() for each in every}
+        seen = {each.numpy().tobytes() for each in draws(40, crop=crop)}
+        assert seen <= every
+        assert len(seen) == 2 if crop == "whole" else len(seen) > 20
+    operation = v2.RandomResizedCrop(28, interpolation=bicubic)
+    torch.manual_seed(0)
+    expected = functional.pil_to_tensor(operation(image))
+    torch.manual_seed(0)
+    (got,) = draws(1, crop="resized")
+    assert got.equal(expected) or got.equal(expected.flip(2))
+
+    # Each of two operations of RandAugment is skipped at even odds, and some do nothing.
+    plain = functional.pil_to_tensor(whole)
+    kept = [
+        x.equal(plain) or x.equal(plain.flip(2)) for x in draws(200, rand_augment=9)
+    ]
+    assert 40 < sum(kept) < 100
+    # What is erased gets noise that is standard normal, once normalized.
+    image = Image.new("RGB", (28, 28), "lime")
+    source, erased = data.DATASETS["cifar10"], torch.stack(draws(50, reprob=1.0))
+    normalize = data.normalizer(source.mean, source.std, torch.device("cpu"))
+    noise = normalize(erased)[:, 2][erased[:, 1] != 255]
+    assert len(noise) > 1000
+    assert abs(noise.mean()) < 0.2
+    assert 0.8 < noise.std() < 1.1
 
 
 @needs_project
-def test_a_kept_loader_gives_the_same_batches_again(tmp_path: Path) -> None:
+def test_mixing() -> None:
+    images, labels = torch.randn(8, 3, 6, 6), torch.arange(8)
+    assert data.make_mix(0, 0, 8)(images, labels)[1] is labels
+    for mixup, cutmix in ((0.8, 0), (0, 1.0)):
+        mixed, target = data.make_mix(mixup, cutmix, 8)(images, labels)
+        torch.testing.assert_close(target.sum(1), torch.ones(8))
+        pasted = (mixed == images) | (mixed == images.roll(1, 0))
+        assert pasted.all() == bool(cutmix)
+    names = {type(mix).__name__ for mix in data.make_mix(0.8, 1.0, 8).transforms}
+    assert names == {"MixUp", "CutMix"}
+
+
+@needs_project
+def test_loaders(tmp_path: Path) -> None:
+    """Every epoch and item from its own seed; each process has its share."""
     write_fashion_mnist(tmp_path)
-    plain = data.test_transform(28, crop="whole")
-    dataset = data.load_dataset("fashion-mnist", tmp_path, "test", plain)
-    options = {"train": False, "workers": 1, "pin_memory": False}
-    kept = data.Kept(data.make_loader(dataset, 4, **options))
-    next(iter(kept))  # a pass that is not complete
-    first = [tuple(batch) for batch in kept]
-    dataset.images = None
-    again = [tuple(batch) for batch in kept]
-    assert [len(labels) for _, labels in again] == [4, 4, 2]
-    for one, other in zip(first, again, strict=True):
-        assert all(a.equal(b) for a, b in zip(one, other))
-        assert not any(part.is_shared() for part in other)
-
-
-@needs_project
-def test_processes_share_the_data(tmp_path: Path) -> None:
-    """In training batch by batch, as one process has them; in testing image by image."""
-    write_fashion_mnist(tmp_path)
-    dataset = data.load_dataset("fashion-mnist", tmp_path, "train", v2.ToImage())
+    options = {"crop": "padded", "rand_augment": 9, "reprob": 0.5}
+    augment = data.train_transform("fashion-mnist", 28, **options)
+    dataset = data.load_dataset("fashion-mnist", tmp_path, "train", augment)
     dataset.targets = torch.arange(20)
 
-    def batches(train: bool, **share: int) -> list[list[int]]:
-        loader = data.make_loader(
-            dataset, 3, train=train, workers=0, pin_memory=False, **share
-        )
-        assert len(loader) == len(list(loader))
-        return [labels.tolist() for _, labels in loader]
+    def batches(train: bool, epoch_seed: int = 1, workers: int = 0, **share) -> list:
+        options = {"workers": workers, "pin_memory": False, **share}
+        loader = data.make_loader(dataset, 3, train=train, **options)
+        if train:
+            loader.sampler.epoch_seed = epoch_seed
+        state = torch.get_rng_state()
+        found = list(loader)
+        if train:  # the random numbers of the model are untouched
+            assert torch.get_rng_state().equal(state)
+        assert len(found) == len(loader)
+        return found
 
-    alone = batches(True)
+    def labels(found: list) -> list[int]:
+        return [label for _, labels in found for label in labels.tolist()]
+
+    alone, workers, other = batches(True), batches(True, workers=2), batches(True, 2)
+    for (images, order), (again, same_order) in zip(alone, workers, strict=True):
+        assert order.equal(same_order)
+        assert images.equal(again)
+    assert labels(alone) != labels(other)
+    assert len(set(labels(alone))) == 18  # six whole batches
     parts = [batches(True, rank=rank, world_size=2) for rank in range(2)]
-    assert [batch for pair in zip(*parts) for batch in pair] == alone
-    assert len(alone) == 6
-    with pytest.raises(ValueError, match="20 test images are fewer than 21"):
-        batches(False, rank=0, world_size=21)
-    parts = [batches(False, rank=rank, world_size=3) for rank in range(3)]
-    assert sorted(n for part in parts for batch in part for n in batch) == list(
-        range(20)
-    )
-
-
-@needs_project
-def test_pickles_that_execute_code_are_refused(tmp_path: Path) -> None:
-    write_cifar(tmp_path)
-    hostile = pickle.dumps({"data": os.getcwd})
-    (tmp_path / "cifar-100-python" / "train").write_bytes(hostile)
-    with pytest.raises(ValueError, match="it wants to execute posix.getcwd"):
-        data.load_dataset("cifar100", tmp_path, "test", None)
-
-
-@needs_project
-def test_damaged_archives_leave_nothing_behind(tmp_path: Path) -> None:
-    write_cifar(tmp_path, archive=True)
-    write_fashion_mnist(tmp_path)
-    raw = tmp_path / "FashionMNIST" / "raw" / "train-images-idx3-ubyte.gz"
-    for archive in (tmp_path / "cifar-100-python.tar.gz", raw):
-        whole = archive.read_bytes()
-        name = "cifar100" if archive.suffixes[0] == ".tar" else "fashion-mnist"
-        for content in (whole[: len(whole) // 2], b"no archive"):
-            archive.write_bytes(content)
-            with pytest.raises(ValueError, match="cannot be used") as refused:
-                data.load_dataset(name, tmp_path, "train", None)
-            if name == "cifar100":
-                assert f"{archive} is damaged or incomplete" in str(refused.value)
-        archive.write_bytes(whole)
-        assert len(data.load_dataset(name, tmp_path, "train", None)) in (8, 20)
-
-
-@needs_project
-def test_normalizer() -> None:
-    images = torch.randint(256, (2, 3, 4, 4), dtype=torch.uint8)
-    mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-    source = data.DATASETS["cifar100"]
-    assert (source.mean, source.std) == (mean, std)
-    got = data.normalizer(mean, std, torch.device("cpu"))(images)
-    mean, std = (torch.tensor(each).view(3, 1, 1) for each in (mean, std))
-    torch.testing.assert_close(got, (images / 255 - mean) / std)
-
-
-@needs_project
-def test_test_images_are_not_augmented(tmp_path: Path) -> None:
-    write_cifar(tmp_path)
-    plain = data.test_transform(32, crop="padded")
-    test = data.load_dataset("cifar100", tmp_path, "test", plain)
-    assert test[3][0].equal(torch.from_numpy(test.images[3]).permute(2, 0, 1))
+    for (images, order), (again, same) in zip(
+        alone, (batch for pair in zip(*parts) for batch in pair), strict=True
+    ):
+        assert order.equal(same)
+        assert images.equal(again)
+    parts = [labels(batches(False, rank=rank, world_size=3)) for rank in range(3)]
+    assert sorted(itertools.chain(*parts)) == list(range(20))
+    with pytest.raises(
+        ValueError, match="--batch-size 3 times 7 processes exceeds .* 20"
+    ):
+        batches(True, rank=0, world_size=7)
 
 
 # --------------------------------------------------------------------------- training
+
+TINY = "--dataset fashion-mnist --model vit_mini --img-size 28 --patch-size 4 "
+TINY += "--epochs 2 --batch-size 4 --device cpu"
+
+
+def run(monkeypatch: pytest.MonkeyPatch, command: str) -> int:
+    """Run a script in this process, as `train --epochs 1`; return its exit code."""
+    script, *arguments = shlex.split(command)
+    monkeypatch.setattr(sys, "argv", [f"{script}.py", *arguments])
+    handlers = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        importlib.import_module(script).main()
+    except SystemExit as stop:
+        return stop.code if isinstance(stop.code, int) else 1
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    return 0
+
+
+@pytest.fixture
+def tiny(tmp_path, monkeypatch):
+    """Train on a miniature: tiny("--lr 1", "name") -> (exit code, checkpoint or None)."""
+    write_fashion_mnist(tmp_path / "data")
+
+    def train_tiny(options: str = "", name: str = "run") -> tuple[int, dict | None]:
+        folder = tmp_path / name
+        command = f"train {TINY} --data-dir {tmp_path}/data --output-dir {folder}"
+        code = run(monkeypatch, f"{command} {options}")
+        file = folder / "checkpoint.pt"
+        saved = torch.load(file, weights_only=True) if file.exists() else None
+        return code, saved
+
+    return train_tiny
+
+
+def same_run(one: dict, other: dict) -> bool:
+    """Whether two checkpoints have the same weights and logs, but for times."""
+    times = {"seconds": 0, "images_per_second": 0}
+    logs = [[line | times for line in each["log"][1:]] for each in (one, other)]
+    return logs[0] == logs[1] and all(
+        value.equal(other[part][name])
+        for part in ("model", "model_ema")
+        for name, value in one.get(part, {}).items()
+    )
 
 
 @needs_project
 def test_lambda_zero_is_the_plain_vit() -> None:
     model = small_model()
     images, target = torch.randn(4, 3, 24, 40), torch.arange(4)
-    loss, cross_entropy, entropy = train.losses(model, images, target, sar_lambda=None)
-    expected = torch.nn.functional.cross_entropy(model(images)[0], target)
+    loss, _, entropy = train.losses(model, images, target, sar_lambda=None)
+    expected = F.cross_entropy(model(images)[0], target)
     assert loss.equal(expected)
     got = torch.autograd.grad(loss, tuple(model.parameters()))
     want = torch.autograd.grad(expected, tuple(model.parameters()))
@@ -1504,177 +1547,58 @@ def test_lambda_zero_is_the_plain_vit() -> None:
     loss, cross_entropy, entropy = train.losses(model, images, target, sar_lambda=0.5)
     torch.testing.assert_close(loss, cross_entropy + 0.5 * entropy)
     assert loss.requires_grad
+    got = torch.autograd.grad(loss, tuple(model.parameters()))
+    assert not all(a.equal(b) for a, b in zip(got, want))
 
 
 @needs_project
 def test_schedules() -> None:
-    settings = {"sar_lambda": 0.01, "sar_schedule": "cosine", "world_size": 1}
-    args = argparse.Namespace(**train.RECIPE, **settings)
+    args = train.parse_args(["--dataset", "cifar100"])
+    args.peak_lr = 5e-4 * 128 / 512
     lr, sar_lambda = zip(*(train.rates(epoch, 100, args) for epoch in range(100)))
     assert lr[0] == 1e-6
-    assert lr[5] == max(lr) == pytest.approx(5e-4 * 128 / 512)
+    assert lr[5] == max(lr) == args.peak_lr
     assert lr[99] == pytest.approx(1e-5, rel=0.01)
     assert sar_lambda[0] == 0
     assert sar_lambda[4] == pytest.approx(0.004)
     assert sar_lambda[10] == max(sar_lambda) == 0.01
     assert sar_lambda[55] == pytest.approx(0.005)
     assert sar_lambda[99] == pytest.approx(0, abs=1e-5)
-    args.epochs = 4  # shorter than either warm-up
+    args.epochs = 2  # either warm-up takes half of the run
     lr, sar_lambda = zip(*(train.rates(step, 8, args) for step in range(8)))
-    assert sorted(lr) == list(lr)
-    assert max(sar_lambda) == sar_lambda[4] == 0.01
+    assert lr[4] == max(lr) == args.peak_lr
+    assert sar_lambda[4] == max(sar_lambda) == 0.01
     args.sar_schedule = "constant"
     assert {train.rates(step, 8, args)[1] for step in range(8)} == {0.01}
     args.epochs = 100
-    for args.lr in (0, 1e-6, 1e-5):  # the peak is below either end of the schedule
-        assert max(train.rates(step, 100, args)[0] for step in range(100)) == (
-            train.peak_lr(args)
+    for args.peak_lr in (0, 1e-7, 2e-6):  # below either end of the schedule
+        assert (
+            max(train.rates(step, 100, args)[0] for step in range(100)) == args.peak_lr
         )
 
 
 @needs_project
-def test_the_loop_uses_every_setting(tmp_path, monkeypatch) -> None:
-    """What each step of a real run got: learning rate, lambda, mixed targets, the rest."""
-    write_fashion_mnist(tmp_path / "data")
-    seen, optimizers = [], []
-
-    def losses(model, images, target, **options):
-        seen.append((optimizers[0].param_groups[0]["lr"], target, options))
-        return real_losses(model, images, target, **options)
-
-    def make_optimizer(*arguments):
-        optimizers.append(real_make_optimizer(*arguments))
-        return optimizers[0]
-
-    real_losses, real_make_optimizer = train.losses, train.make_optimizer
-    monkeypatch.setattr(train, "losses", losses)
-    monkeypatch.setattr(train, "make_optimizer", make_optimizer)
-    command = f"train {TINY} --data-dir {tmp_path}/data --output-dir {tmp_path}/run"
-    command += " --epochs 1 --batch-size 10 --model-ema-decay 0.9 --warmup-epochs 0.5"
-    assert run(monkeypatch, f"{command} --smoothing 0.2 --sar-lambda 0.3 --amp") == 0
-    saved = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)
-    args = argparse.Namespace(**saved["settings"])
-    for step, (lr, target, options) in enumerate(seen):
-        expected = train.rates(step, 2, args)
-        assert (lr, options["sar_lambda"]) == expected
-        assert (options["smoothing"], options["amp"]) == (0.2, True)
-        assert target.shape == (10, 10)  # mixup and cutmix make probabilities
-    assert len(seen) == 2
-    # The average of three sets of weights: at the start, after one step and after two. The
-    # first step has lr 1e-6, so its weights are about those at the start.
-    start = start_of(saved)
-    end, average = (saved[part]["head.weight"] for part in ("model", "model_ema"))
-    torch.testing.assert_close(average, 0.9 * start + 0.1 * end, rtol=0, atol=2e-6)
-    assert not average.equal(start)
-
-
-@needs_project
-def test_mixing() -> None:
-    images, labels = torch.randn(8, 3, 6, 6), torch.arange(8)
-    assert data.make_mix(0, 0, 8)(images, labels)[1] is labels
-    for mixup, cutmix in ((0.8, 0), (0, 1.0)):
-        mixed, target = data.make_mix(mixup, cutmix, 8)(images, labels)
-        torch.testing.assert_close(target.sum(1), torch.ones(8))
-        rolled = images.roll(1, 0)
-        pasted = (mixed == images) | (mixed == rolled)
-        assert pasted.all() == bool(cutmix)
-    names = {type(mix).__name__ for mix in data.make_mix(0.8, 1.0, 8).transforms}
-    assert names == {"MixUp", "CutMix"}
-
-
-@needs_project
-def test_a_run_that_is_not_finite_keeps_its_last_good_epoch(
-    tmp_path, monkeypatch, capsys
-) -> None:
-    write_fashion_mnist(tmp_path / "data")
-    command = f"train {TINY} --data-dir {tmp_path}/data --output-dir {tmp_path}/run"
-    save = train.save
-
-    def poison(folder: Path, checkpoint: dict) -> None:
-        save(folder, checkpoint)
-        model.head.weight.data.fill_(math.nan)
-
-    def make_optimizer(made, weight_decay):
-        nonlocal model
-        model = made
-        return real(made, weight_decay)
-
-    model, real = None, train.make_optimizer
-    monkeypatch.setattr(train, "save", poison)
-    monkeypatch.setattr(train, "make_optimizer", make_optimizer)
-    assert run(monkeypatch, command) == 2
-    error = capsys.readouterr().err
-    assert "no finite loss by step" in error
-    assert "holds the last good epoch" in error
-    saved = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)
-    assert saved["epoch"] == 1
-    assert all(value.isfinite().all() for value in saved["model"].values())
-
-    # The last step of an epoch shows in the test loss alone.
-    evaluate = train.evaluate
-    broken = {"loss": math.nan}
-    monkeypatch.setattr(train, "evaluate", lambda *given: evaluate(*given) | broken)
-    assert run(monkeypatch, command.replace("/run", "/other")) == 2
-    assert (
-        "no epoch was finished, so there is none to resume" in capsys.readouterr().err
+def test_settings() -> None:
+    """The paper's protocol; and for shapes the demonstration."""
+    args = vars(train.parse_args(["--dataset", "cifar100", "--device", "cuda"]))
+    expected = {"model": "vit_small", "img_size": 224, "patch_size": 16, "epochs": 100}
+    expected |= {"lr": 5e-4, "min_lr": 1e-5, "warmup_lr": 1e-6, "warmup_epochs": 5}
+    expected |= {"weight_decay": 0.05, "drop_path": 0.1, "smoothing": 0.1}
+    expected |= {"aa": "rand-m9", "reprob": 0.25, "mixup": 0.8, "cutmix": 1.0}
+    expected |= {"crop": "resized", "model_ema": True, "sar_lambda": 0.01}
+    expected |= {"last_skip": False, "sar_schedule": "cosine", "batch_size": 128}
+    assert {name: args[name] for name in expected} == expected
+    assert train.parse_args(["--dataset", "imagenet"]).epochs == 300
+    args = train.parse_args([])
+    assert (args.dataset, args.sar_lambda, args.crop) == ("shapes", 0.3, "whole")
+    assert train.parse_args(["--sar-lambda", "0"]).last_skip
+    small = train.parse_args(["--dataset", "cifar10", "--img-size", "32"])
+    assert small.crop == "padded"
+    args = train.parse_args(["--dataset", "pets", "--finetune", "file.pt"])
+    assert args.warmup_epochs == 3
+    assert train.parse_args(["--output-dir=~/x"]).output_dir == str(
+        Path("~/x").expanduser()
     )
-    assert not (tmp_path / "other" / "checkpoint.pt").exists()
-
-
-@needs_project
-@pytest.mark.parametrize("workers", [0, 1])
-def test_an_unreadable_image_is_named(workers, tmp_path, monkeypatch, capsys) -> None:
-    write_folder(tmp_path)
-    (tmp_path / "val" / "dog" / "1.png").write_text("no image")
-    command = f"train {TINY.replace('fashion-mnist', 'folder')} --data-dir {tmp_path}"
-    command += f" --workers {workers} --output-dir {tmp_path}/run"
-    assert run(monkeypatch, command) == 2
-    error = capsys.readouterr().err
-    assert f"{tmp_path}/val/dog/1.png cannot be read" in error
-    assert error.count("\n") == 1
-
-
-@needs_project
-def test_a_full_disk_is_one_sentence(tmp_path, monkeypatch, capsys) -> None:
-    def full(*_) -> NoReturn:
-        raise RuntimeError("unexpected pos 64 vs 0")
-
-    write_fashion_mnist(tmp_path / "data")
-    monkeypatch.setattr(torch, "save", full)
-    command = f"train {TINY} --data-dir {tmp_path}/data --output-dir {tmp_path}/run"
-    assert run(monkeypatch, command) == 2
-    assert "checkpoint.pt.partial cannot be written" in capsys.readouterr().err
-
-
-@needs_project
-def test_what_a_failed_run_leaves_is_said(tmp_path, monkeypatch, capsys) -> None:
-    """Out of memory: one sentence. An error of the code: its traceback besides."""
-    write_fashion_mnist(tmp_path / "data")
-    command = f"train {TINY} --data-dir {tmp_path}/data --output-dir {tmp_path}/run"
-    assert run(monkeypatch, f"{command} --epochs 2") == 0
-    left = "holds the last good epoch; the same command with --resume continues it"
-
-    def fail(*_: object) -> NoReturn:
-        raise error
-
-    monkeypatch.setattr(train, "train", fail)
-    for error in (torch.OutOfMemoryError("2 GiB were tried"), OSError()):
-        assert run(monkeypatch, f"{command} --resume") == 2
-        assert left in capsys.readouterr().err
-    error = RuntimeError("a worker was killed")
-    with pytest.raises(RuntimeError, match="a worker was killed"):
-        run(monkeypatch, f"{command} --resume")
-    assert left in capsys.readouterr().out
-
-
-@needs_project
-@pytest.mark.parametrize("capability, amp", [((7, 5), False), ((8, 0), True)])
-def test_bfloat16_is_for_gpus_that_have_it(capability, amp, monkeypatch) -> None:
-    monkeypatch.setattr(train, "choose_device", lambda _: torch.device("cuda"))
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
-    _, args = train.parse_arguments([])
-    train.resolve(args)
-    assert args.amp == amp
 
 
 @needs_project
@@ -1688,173 +1612,194 @@ def test_weight_decay_is_of_weight_matrices_alone() -> None:
         assert (id(parameter) in ids) == matrix
 
 
-def run(monkeypatch: pytest.MonkeyPatch, command: str) -> int:
-    """Run a script in this process, as `train --epochs 1`; returns its exit code."""
-    script, *arguments = command.split()
-    monkeypatch.setattr(sys, "argv", [f"{script}.py", *arguments])
-    try:
-        importlib.import_module(script).main()
-    except SystemExit as stop:
-        return stop.code if isinstance(stop.code, int) else 1
-    return 0
+@needs_project
+def test_the_loop_uses_every_setting(tiny, monkeypatch) -> None:
+    """What each step of a real run got: learning rate, lambda, mixed targets, the rest."""
+    seen, optimizers = [], []
 
+    def losses(model, images, target, **options):
+        seen.append((optimizers[0].param_groups[0]["lr"], images, target, options))
+        return real_losses(model, images, target, **options)
 
-TINY = "--dataset fashion-mnist --model vit_mini --img-size 28 --patch-size 4 "
-TINY += "--epochs 2 --batch-size 4 --device cpu"
+    def make_optimizer(*arguments):
+        optimizers.append(real_make_optimizer(*arguments))
+        return optimizers[0]
+
+    real_losses, real_make_optimizer = train.losses, train.make_optimizer
+    monkeypatch.setattr(train, "losses", losses)
+    monkeypatch.setattr(train, "make_optimizer", make_optimizer)
+    options = "--epochs 1 --batch-size 10 --model-ema-decay 0.9 --weight-decay 0.3 "
+    options += "--smoothing 0.2 --sar-lambda 0.3 --amp --clip-grad 1e-9"
+    code, saved = tiny(options)
+    assert code == 0
+    args = argparse.Namespace(**saved["settings"])
+    assert args.peak_lr == 5e-4 * 10 / 512
+    assert len(seen) == 2
+    assert not seen[0][1].equal(seen[1][1])
+    for step, (lr, _, target, options) in enumerate(seen):
+        assert (lr, options["sar_lambda"]) == train.rates(step, 2, args)
+        assert (options["smoothing"], options["amp"]) == (0.2, True)
+        assert target.shape == (10, 10)  # mixup and cutmix make probabilities
+    assert optimizers[0].param_groups[0]["weight_decay"] == 0.3
+    gradients = [
+        p.grad for group in optimizers[0].param_groups for p in group["params"]
+    ]
+    assert torch.cat([g.flatten() for g in gradients]).norm() < 1.1e-9
+    # The average of three sets of weights: at the start, after one step and after two. The
+    # first step has lr 1e-6, so its weights are about those at the start.
+    torch.manual_seed(0)
+    start = vit.VisionTransformer(**saved["architecture"]).state_dict()["head.weight"]
+    end, average = (saved[part]["head.weight"] for part in ("model", "model_ema"))
+    torch.testing.assert_close(average, 0.9 * start + 0.1 * end, rtol=0, atol=2e-6)
+    assert not average.equal(start)
 
 
 @needs_project
 def test_train_and_eval_from_the_shell(tmp_path: Path) -> None:
-    """The scripts themselves, in a folder of their own."""
+    """The scripts themselves, and the command that train.py prints, in a folder's name."""
     write_fashion_mnist(tmp_path / "data")
 
-    def shell(script: str, *arguments: str) -> str:
-        command = [sys.executable, HERE / script, *arguments]
-        options = {"capture_output": True, "text": True, "timeout": 300}
+    def shell(command: str) -> str:
+        options = {"capture_output": True, "text": True, "timeout": 300, "shell": True}
+        command = command.replace("python ", f"{sys.executable} ")
+        command = command.replace(" eval.py", f" {HERE / 'eval.py'}")
         return subprocess.run(command, cwd=tmp_path, check=True, **options).stdout
 
-    output = shell("train.py", *TINY.split())
+    train_py = f"python {HERE / 'train.py'}"
+    output = shell(f"{train_py} {TINY} --output-dir './my run $(ls) ~'")
     assert "\r" not in output
-    folder = tmp_path / "runs" / "fashion-mnist-vit_mini-lambda0.01-seed0"
-    lines = (folder / "log.jsonl").read_text().splitlines()
-    header, *epochs = [json.loads(line) for line in lines]
-    assert header["sar_lambda"] == 0.01
+    assert all(len(line) <= 100 for line in output.splitlines())
+    lines = [line for line in output.splitlines() if line.startswith("epoch ")]
+    folder = tmp_path / "my run $(ls) ~"
+    header, *epochs = map(json.loads, (folder / "log.jsonl").read_text().splitlines())
     assert header["last_skip"] is False
     assert [epoch["epoch"] for epoch in epochs] == [1, 2]
-    for key in ("train_loss", "train_entropy", "test_loss", "test_acc1", "test_acc5"):
-        assert math.isfinite(epochs[1][key])
-    assert {"test_entropy", "lr", "sar_lambda", "images_per_second"} <= epochs[1].keys()
+    for line, epoch in zip(lines, epochs, strict=True):
+        assert f"loss {epoch['train_loss']:.3f}  " in line
+        assert f"entropy {epoch['train_entropy']:.3f}  " in line
+        assert f"test {epoch['test_acc1']:.2f} %  " in line
+        assert f"EMA {epoch['test_acc1_ema']:.2f} %  " in line
+        assert math.isfinite(epoch["test_loss"])
+        assert {"test_acc5", "test_entropy", "lr", "sar_lambda"} <= epoch.keys()
+        assert epoch["images_per_second"] > 0
     assert torch.load(folder / "checkpoint.pt", weights_only=True)["epoch"] == 2
+    assert {file.name for file in folder.iterdir()} == {"checkpoint.pt", "log.jsonl"}
 
-    output = shell("eval.py", "--attention", "attention.png")
+    evaluate = output.splitlines()[-1].removeprefix("next: ")
+    output = shell(evaluate)
     assert f"top-1 {epochs[1]['test_acc1']:.2f} %" in output
     assert f"loss {epochs[1]['test_loss']:.4f}" in output
-    picture = torchvision.datasets.folder.default_loader(tmp_path / "attention.png")
-    assert len(picture.getcolors(2**24)) > 100
+    assert (tmp_path / "attention.png").exists()
+    output = shell(f"{train_py} --dataset imagenet --help")
+    assert "[300]" in output
+    missing = [
+        line for line in output.splitlines() if "[None]" in line or "usage" in line
+    ]
+    assert not missing
 
 
 @needs_project
-def test_other_images_are_normalized_like_those_of_training(
-    tmp_path, monkeypatch
-) -> None:
-    means = []
-
-    def normalizer(mean, std, device: torch.device):
-        means.append(mean)
-        return data.normalizer(mean, std, device)
-
-    monkeypatch.setattr(data, "SHAPES_COUNT", {"train": 80, "test": 16})
-    monkeypatch.setattr(evaluation, "normalizer", normalizer)
-    command = f"train --device cpu --epochs 1 --output-dir {tmp_path}/run"
-    assert run(monkeypatch, command) == 0
-    # A folder lists its classes in order of the alphabet.
-    checkpoint = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)
-    torch.save(checkpoint | {"classes": sorted(data.SHAPES)}, tmp_path / "sorted.pt")
-    write_folder(tmp_path / "images", list(data.SHAPES))
-    command = f"eval --device cpu --checkpoint {tmp_path}/sorted.pt"
-    command += f" --dataset folder --data-dir {tmp_path}/images"
-    assert run(monkeypatch, command) == 0
-    assert means == [data.DATASETS["shapes"].mean]
+@pytest.mark.parametrize("name, code", [("TERM", 143), ("INT", 130), ("KILL", -9)])
+def test_a_killed_run_is_continued(name, code, tiny, tmp_path, monkeypatch) -> None:
+    """Wherever it was stopped, --resume gives the weights and log of the whole run."""
+    folder = tmp_path / "killed"
+    _, whole = tiny("--epochs 4 --workers 1", "whole")
+    command = f"{TINY} --epochs 4 --data-dir {tmp_path}/data --workers 1 --output-dir"
+    command = [sys.executable, HERE / "train.py", *command.split(), folder]
+    waits = ["log.jsonl", "checkpoint.pt", "checkpoint.pt.partial"]
+    for attempt, wait in enumerate(waits):
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        file, number = folder / wait, getattr(signal, f"SIG{name}")
+        before = file.exists() and file.stat().st_mtime_ns
+        with subprocess.Popen(command, start_new_session=True, **pipes) as process:
+            while process.poll() is None:  # it may end first
+                with contextlib.suppress(FileNotFoundError):
+                    if file.stat().st_size and file.stat().st_mtime_ns != before:
+                        break
+                time.sleep(0.001)
+            if name == "TERM":
+                process.send_signal(number)
+            else:  # as Ctrl-C in a terminal, to the workers too
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, number)
+            output, errors = process.communicate(
+                timeout=20
+            )  # no worker holds the pipes
+        if process.returncode:
+            assert process.returncode == code
+            assert errors == ""
+            last = f"stopped; to continue: python train.py --resume {folder}"
+            assert (output.splitlines()[-1:] == [last]) == (name != "KILL")
+        assert (folder / "log.jsonl").exists()
+        assert attempt == 0 or (folder / "checkpoint.pt").exists()
+        command = [sys.executable, HERE / "train.py", "--resume", folder]
+    assert run(monkeypatch, f"train --resume {folder} --workers 0") == 0
+    assert same_run(whole, torch.load(folder / "checkpoint.pt", weights_only=True))
+    log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    assert [line.get("epoch") for line in log] == [None, 1, 2, 3, 4]
+    # As if it was killed between writing its checkpoint and its log.
+    (folder / "log.jsonl").write_text(json.dumps(log[0]) + "\n")
+    assert run(monkeypatch, f"train --resume {folder}") == 0
+    text = (folder / "log.jsonl").read_text()
+    assert [json.loads(line) for line in text.splitlines()] == log
 
 
 @needs_project
-def test_a_resumed_run_is_the_same_run(tmp_path, monkeypatch, capsys) -> None:
-    write_fashion_mnist(tmp_path / "data")
-    command = f"train {TINY} --data-dir {tmp_path}/data --mixup 0.8 --model-ema"
-    seen, losses = [], train.losses
-
-    def record(model, images, target, **options):
-        seen.append(images.sum().item())
-        return losses(model, images, target, **options)
-
-    monkeypatch.setattr(train, "losses", record)
-    assert run(monkeypatch, f"{command} --output-dir {tmp_path}/whole") == 0
-    assert len(set(seen)) == 10  # two epochs of five steps, no batch twice
-
-    def save_and_stop(*saved) -> None:
-        save(*saved)
-        raise KeyboardInterrupt
-
-    save = train.save
-    command += f" --output-dir {tmp_path}/stopped"
-    monkeypatch.setattr(train, "save", save_and_stop)
-    assert run(monkeypatch, command) == 130
-    monkeypatch.setattr(train, "save", save)
+def test_what_resume_takes(tiny, tmp_path, monkeypatch, capsys) -> None:
+    folder = tmp_path / "run"
+    assert tiny()[0] == 0
     capsys.readouterr()
-    for again, sentence in {
-        command: "already holds a run: --resume continues it; another ",
-        f"{command} --seed 9": "already holds a run with other settings, seed 0 -> 9; ",
+    assert tiny()[0] == 2
+    assert f"holds a run: --resume {folder} continues it" in capsys.readouterr().err
+    again = f"train --resume {folder}"
+    for options, message in {
+        "--lr 0.1": "a run is resumed with its own settings, without --lr",
+        "--no-model-ema": "without --model-ema",
+        "--output-dir x": "without --output-dir",
+        f"--data-dir {tmp_path}/no": "fashion-mnist",
     }.items():
-        assert run(monkeypatch, again) == 2
-        assert sentence in capsys.readouterr().err
-    assert run(monkeypatch, f"{command} --resume --lr 1") == 2  # that is another run
-    assert run(monkeypatch, f"{command} --resume") == 0
-
-    files = [tmp_path / name / "checkpoint.pt" for name in ("whole", "stopped")]
-    whole, stopped = (torch.load(file, weights_only=True) for file in files)
-    assert whole["architecture"]["pos_std"] == 0.02
-    del stopped["settings"]["pos_std"]  # as in runs that are older than the option
-    torch.save(stopped, files[1])
-    assert run(monkeypatch, f"{command} --resume --pos-std 0.5") == 2
-    assert run(monkeypatch, f"{command} --resume") == 0
-    for part in ("model", "model_ema"):
-        for name, value in whole[part].items():
-            assert value.equal(stopped[part][name])
-    for a, b in zip(whole["log"][1:], stopped["log"][1:], strict=True):
-        times = {"images_per_second": 0, "seconds": 0}
-        assert a | times == b | times
+        monkeypatch.setattr(urllib.request, "urlopen", no_network)
+        assert run(monkeypatch, f"{again} {options}") == 2
+        assert message in capsys.readouterr().err
+    moved = folder.rename(tmp_path / "moved")
+    assert run(monkeypatch, again) == 2
+    assert f"{folder} holds no run to resume" in capsys.readouterr().err
+    (tmp_path / "data").rename(tmp_path / "elsewhere")
+    options = f"--data-dir {tmp_path}/elsewhere --device cpu --workers 1"
+    assert run(monkeypatch, f"train --resume {moved} {options}") == 0
+    assert f"2 of 2 epochs are done in {moved}" in capsys.readouterr().out
 
 
 @needs_project
-@pytest.mark.parametrize("clip", ["", "--clip-grad 0.1"])
-def test_accumulated_batches_are_one_larger_batch(clip, tmp_path, monkeypatch) -> None:
-    def sgd(model: torch.nn.Module, _: float) -> torch.optim.Optimizer:
-        return torch.optim.SGD(model.parameters(), 0.1)
-
-    monkeypatch.setattr(train, "make_optimizer", sgd)  # AdamW forgives a wrong scale
-    write_fashion_mnist(tmp_path / "data")
-    command = f"train {TINY} --data-dir {tmp_path}/data --drop-path 0 --mixup 0 {clip}"
-    command += " --cutmix 0 --warmup-epochs 0 --lr 2 --batch-size"
-    weights = []
-    for size in ("10", "5 --accumulate 2", "5"):
-        folder = tmp_path / str(len(weights))
-        assert run(monkeypatch, f"{command} {size} --output-dir {folder}") == 0
-        saved = torch.load(folder / "checkpoint.pt", weights_only=True)
-        weights.append(saved["model"]["head.weight"])
-    torch.testing.assert_close(weights[0], weights[1], rtol=0, atol=1e-6)
-    assert (weights[0] - weights[2]).abs().max() > 1e-5
-    assert ((weights[0] - start_of(saved)).norm() < 0.02) == bool(clip)
+def test_neither_workers_nor_testing_change_a_run(tiny) -> None:
+    _, plain = tiny("--epochs 3")
+    _, workers = tiny("--epochs 3 --workers 2", "workers")
+    assert same_run(plain, workers)
+    _, seldom = tiny("--epochs 3 --val-interval 2", "seldom")
+    tested = [any("test" in key for key in line) for line in seldom["log"][1:]]
+    assert tested == [False, True, True]
+    seldom["log"][1] = plain["log"][1]
+    assert same_run(plain, seldom)
+    _, other = tiny("--epochs 3 --seed 1", "other")
+    assert not same_run(plain, other)
 
 
 @needs_project
-@pytest.mark.parametrize(
-    "chance, alone",
-    [
-        ("--mixup 0.8 --drop-path 0.5", "--batch-size 4 --accumulate 2"),
-        ("--mixup 0 --cutmix 0 --drop-path 0", "--batch-size 8"),
-    ],
-)
-def test_two_processes_do_what_one_does(chance, alone, tmp_path, monkeypatch) -> None:
-    """All chance follows from the batch, so mixup and drop-path are the same too."""
-    write_fashion_mnist(tmp_path / "data")
-    options = f"{TINY} --lr 0.05 --data-dir {tmp_path}/data {chance} --output-dir"
+def test_two_processes_do_what_one_does(tiny, tmp_path) -> None:
+    chance = "--lr 0.05 --mixup 0 --cutmix 0 --drop-path 0"
+    options = f"{TINY} {chance} --data-dir {tmp_path}/data --output-dir {tmp_path}/two"
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += ["--nproc_per_node=2", HERE / "train.py", *options.split()]
-    command += [tmp_path / "two"]
     pipes = {"capture_output": True, "text": True, "timeout": 300}
     first, again = (subprocess.run(command, check=False, **pipes) for _ in range(2))
     assert first.returncode == 0, first.stderr
     assert first.stdout.count("epoch 1/2") == first.stdout.count("next:") == 1
-    # Whatever fails is said once, by the first process.
     assert again.returncode != 0
-    assert again.stderr.count("already holds a run") == 1
+    assert "holds a run" in again.stderr
     files = {file.name for file in (tmp_path / "two").iterdir()}
-    assert files == {".lock", "checkpoint.pt", "log.jsonl"}
-    assert run(monkeypatch, f"train {options} {tmp_path}/one {alone}") == 0
-    one, two = (
-        torch.load(tmp_path / name / "checkpoint.pt", weights_only=True)
-        for name in ("one", "two")
-    )
+    assert files == {"checkpoint.pt", "log.jsonl"}
+    two = torch.load(tmp_path / "two" / "checkpoint.pt", weights_only=True)
+    _, one = tiny(f"{chance} --batch-size 8", "one")
     for name, value in one["model"].items():
         if "qkv.bias" not in name:  # that of the keys has no gradient but rounding
             torch.testing.assert_close(value, two["model"][name], rtol=0, atol=1e-5)
@@ -1866,246 +1811,108 @@ def test_two_processes_do_what_one_does(chance, alone, tmp_path, monkeypatch) ->
 
 
 @needs_project
-def test_variables_of_a_scheduler_are_not_torchruns(tmp_path, monkeypatch) -> None:
-    write_fashion_mnist(tmp_path / "data")
-    for name in ("RANK", "WORLD_SIZE"):
-        monkeypatch.setenv(name, "3")
-    command = f"train {TINY} --data-dir {tmp_path}/data --output-dir {tmp_path}/run"
-    assert run(monkeypatch, f"{command} --epochs 1") == 0
-    assert (tmp_path / "run" / "checkpoint.pt").exists()
-
-
-@needs_project
-def test_finetune(tmp_path, monkeypatch, capsys) -> None:
+def test_finetune(tiny, tmp_path, capsys) -> None:
     """From weights wrapped as DINO's, for another grid and other classes."""
-    write_fashion_mnist(tmp_path / "data")
     torch.manual_seed(1)
     options = {"img_size": 56, "patch_size": 4, "num_classes": 7}
     source = vit.VisionTransformer(**vit.MODELS["vit_mini"], **options).state_dict()
     wrapped = {f"module.backbone.{name}": value for name, value in source.items()}
     torch.save({"teacher": wrapped, "args": argparse.Namespace()}, tmp_path / "dino.pt")
-    command = f"train {TINY} --data-dir {tmp_path}/data --sar-lambda 0 --epochs 1"
-    command += f" --lr 0 --min-lr 0 --warmup-lr 0 --finetune {tmp_path}"
-    assert run(monkeypatch, f"{command}/dino.pt --output-dir {tmp_path}/run") == 0
+    code, saved = tiny(
+        f"--sar-lambda 0 --lr 0 --epochs 1 --finetune {tmp_path}/dino.pt"
+    )
     output = capsys.readouterr().out
+    assert code == 0
     assert "14x14 -> 7x7" in output
     assert "left at initial values: head.weight, head.bias" in output
-    saved = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)
-    assert saved["settings"]["warmup_epochs"] == 3  # and not the 5 from scratch
     for name, value in saved["model"].items():
         if name != "pos_embed" and not name.startswith("head"):
             assert value.equal(source[name])
 
-    (tmp_path / "evil.pt").write_bytes(pickle.dumps({"run": os.getcwd}, 2))
-    torch.save({"conv1.weight": torch.zeros(3)}, tmp_path / "other.pt")
-    for file, message in (("evil", "contains posix"), ("other", "holds no")):
-        folder = tmp_path / file
-        assert run(monkeypatch, f"{command}/{file}.pt --output-dir {folder}") == 2
-        assert message in capsys.readouterr().err
-        assert not folder.exists()
-
 
 @needs_project
-def test_resuming_completes_the_log(tmp_path, monkeypatch) -> None:
-    """As when a run was killed between writing its checkpoint and its log."""
-    write_fashion_mnist(tmp_path / "data")
-    command = f"train {TINY} --data-dir {tmp_path}/data --output-dir {tmp_path}/run"
-    assert run(monkeypatch, command) == 0
-    log = tmp_path / "run" / "log.jsonl"
-    whole = log.read_text()
-    log.write_text("".join(whole.splitlines(keepends=True)[:2]))
-    assert run(monkeypatch, f"{command} --resume") == 0
-    assert log.read_text() == whole
-
-
-@needs_project
-def test_testing_less_often_changes_nothing_else(tmp_path, monkeypatch) -> None:
-    write_fashion_mnist(tmp_path / "data")
-    command = f"train {TINY.replace('--epochs 2', '--epochs 3')} --model-ema"
-    runs = {}
-    for interval in (1, 2):
-        options = f"--val-interval {interval} --output-dir {tmp_path}/{interval}"
-        assert run(monkeypatch, f"{command} --data-dir {tmp_path}/data {options}") == 0
-        path = tmp_path / str(interval) / "checkpoint.pt"
-        runs[interval] = torch.load(path, weights_only=True)
-    tested = [
-        [any("test" in key for key in epoch) for epoch in runs[n]["log"][1:]]
-        for n in runs
-    ]
-    assert tested == [[True, True, True], [False, True, True]]
-    for key in ("test_acc1", "test_loss", "test_loss_ema", "train_loss"):
-        assert runs[1]["log"][3][key] == runs[2]["log"][3][key]
-    for weights in ("model", "model_ema"):
-        for name, tensor in runs[1][weights].items():
-            assert tensor.equal(runs[2][weights][name])
-
-
-@needs_project
-def test_weights_that_are_not_finite_are_not_saved_untested(
-    tmp_path, monkeypatch, capsys
+@pytest.mark.parametrize("where", ["loss", "test", "weights"])
+def test_a_run_that_is_not_finite_keeps_its_last_good_epoch(
+    where, tiny, monkeypatch, capsys
 ) -> None:
-    write_fashion_mnist(tmp_path / "data")
-    rates = train.rates
+    """At the first step of epoch 2, in its test, or at its last step, untested."""
+    rates, evaluate, calls = train.rates, train.evaluate, []
 
     def diverging(step: int, *given) -> tuple[float, float]:
         lr, sar_lambda = rates(step, *given)
-        return (math.nan if step == 9 else lr), sar_lambda  # the last of epoch 2
+        return (
+            math.nan if step == {"loss": 5, "weights": 9}[where] else lr
+        ), sar_lambda
 
-    monkeypatch.setattr(train, "rates", diverging)
-    command = f"train {TINY.replace('--epochs 2', '--epochs 4')} --val-interval 4"
-    command += f" --data-dir {tmp_path}/data --output-dir {tmp_path}/run"
-    assert run(monkeypatch, command) == 2
-    assert "the weights of epoch 2 are not finite" in capsys.readouterr().err
-    saved = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)
+    def broken(*given) -> dict:
+        calls.append(1)
+        return evaluate(*given) | ({"loss": math.nan} if len(calls) > 2 else {})
+
+    if where == "test":
+        monkeypatch.setattr(train, "evaluate", broken)
+    else:
+        monkeypatch.setattr(train, "rates", diverging)
+    interval = 4 if where == "weights" else 1
+    code, saved = tiny(f"--epochs 4 --val-interval {interval}")
+    assert code == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    expected = (
+        "no finite loss by step 5 of epoch 2: cross-entropy nan, spatial entropy nan"
+    )
+    assert (expected if where == "loss" else "the weights of epoch 2 are not") in error
     assert saved["epoch"] == 1
-    assert all(tensor.isfinite().all() for tensor in saved["model"].values())
+    assert all(value.isfinite().all() for value in saved["model"].values())
 
 
 @needs_project
-def test_benchmark(monkeypatch, capsys) -> None:
-    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
-    monkeypatch.setattr(train, "BENCHMARK_ROUNDS", 1)
-    command = "train --benchmark --model vit_tiny --img-size 32 --device cpu"
-    assert run(monkeypatch, command) == 0
-    output = capsys.readouterr().out
-    rows = {line[:24].strip(): line[24:].split() for line in output.splitlines()}
-    for name in ("plain ViT", "plain ViT, compiled", "SAR", "SAR, compiled"):
-        # The rate as a percentage of the matrices' is 0 on a busy machine.
-        *speed, _, memory = (float(figure.rstrip("%")) for figure in rows[name])
-        assert min(speed) > 0
-        # Weights, gradients and two averages of each, 5.4 M in all.
-        assert 4 * 4 * 5.3 < memory < 2 * 4 * 4 * 5.3
-    assert "ms an image, on one core" in output
-    assert output.count("overhead of SAR") == 2
+def test_a_full_disk_leaves_the_last_checkpoint(tiny, tmp_path, monkeypatch, capsys):
+    """One sentence that says so, with the real error of the system."""
+    _, saved = tiny("--epochs 3 --val-interval 3", "whole")
+    count, fsync = [], os.fsync
 
+    def full(number: int) -> None:
+        count.append(number)
+        if len(count) == 3:  # the checkpoint of epoch 2
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        fsync(number)
 
-def start_of(saved: dict) -> torch.Tensor:
-    torch.manual_seed(0)
-    return vit.VisionTransformer(**saved["architecture"]).state_dict()["head.weight"]
-
-
-@needs_project
-@pytest.mark.parametrize("name, code", [("TERM", 143), ("INT", 130), ("KILL", -9)])
-def test_a_killed_run_is_continued(name, code, tmp_path, monkeypatch) -> None:
-    """A signal to it and its worker, and the same weights in the end as without."""
-    write_fashion_mnist(tmp_path / "data")
-    options = f"{TINY} --epochs 30 --data-dir {tmp_path}/data --workers 1 --output-dir"
-    folder = tmp_path / "killed"
-    command = [sys.executable, HERE / "train.py", *options.split(), folder]
-    pipes = {"stdout": subprocess.PIPE, "text": True, "start_new_session": True}
-    with subprocess.Popen(command, **pipes) as process:
-        while not (folder / "checkpoint.pt").exists():
-            assert process.poll() is None
-            time.sleep(0.01)
-        os.killpg(process.pid, getattr(signal, f"SIG{name}"))
-        output, _ = process.communicate(timeout=60)
-    assert process.returncode == code
-    assert ("holds the last good epoch" in output) == (name != "KILL")
-    assert 0 < torch.load(folder / "checkpoint.pt", weights_only=True)["epoch"] < 30
-    if name != "KILL":
-        return
-    assert run(monkeypatch, f"train {options} {folder} --resume") == 0
-    assert run(monkeypatch, f"train {options} {tmp_path}/whole") == 0
-    killed, whole = (
-        torch.load(tmp_path / name / "checkpoint.pt", weights_only=True)
-        for name in ("killed", "whole")
-    )
-    for key, value in whole["model"].items():
-        assert value.equal(killed["model"][key])
-    assert [line["epoch"] for line in killed["log"][1:]] == list(range(1, 31))
-
-
-HOLD = """
-import sys
-from pathlib import Path
-sys.path.insert(0, sys.argv[1])
-import train
-with train.alone_in(Path(sys.argv[2])):
-    print("held", flush=True)
-    input()
-"""
+    monkeypatch.setattr(os, "fsync", full)
+    code, stopped = tiny("--epochs 3 --val-interval 3")
+    assert code == 2
+    file = tmp_path / "run" / "checkpoint.pt"
+    sentence = f"train.py: error: {file} cannot be written: No space left on device\n"
+    assert capsys.readouterr().err == sentence
+    assert stopped["epoch"] == 1
+    assert {file.name for file in file.parent.iterdir()} == {
+        "checkpoint.pt",
+        "log.jsonl",
+    }
+    assert run(monkeypatch, f"train --resume {file.parent}") == 0
+    assert same_run(saved, torch.load(file, weights_only=True))
 
 
 @needs_project
-@pytest.mark.skipif(os.name != "posix", reason="locks of POSIX")
-def test_two_runs_do_not_share_a_folder(tmp_path, monkeypatch, capsys) -> None:
-    """A new run and a resumed one are refused until the other process has ended."""
-    write_fashion_mnist(tmp_path / "data")
-    folder = tmp_path / "run"
-    command = f"train {TINY} --data-dir {tmp_path}/data --output-dir {folder}"
-    other = [sys.executable, "-c", HOLD, HERE, folder]
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-    for options in ("", "--resume"):
-        with subprocess.Popen(other, **pipes) as process:
-            assert process.stdout.readline() == b"held\n"
-            before = sorted(folder.iterdir())
-            assert run(monkeypatch, f"{command} {options}") == 2
-            refusal = f"train.py: error: another process trains in {folder} now\n"
-            assert capsys.readouterr().err == refusal
-            assert sorted(folder.iterdir()) == before
-            process.kill()
-        assert run(monkeypatch, f"{command} {options}") == 0
+@pytest.mark.parametrize("supported", [False, True])
+def test_bfloat16_is_for_gpus_that_have_it(supported, monkeypatch) -> None:
+    monkeypatch.setattr(train, "choose_device", lambda _: torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda emulated: supported)
+    args = train.parse_args([])
+    train.set_up(args)
+    assert args.amp == supported
 
 
 @needs_project
-def test_workers_do_not_change_a_run(tmp_path, monkeypatch) -> None:
-    write_fashion_mnist(tmp_path / "data")
-    command = f"train {TINY} --data-dir {tmp_path}/data --workers"
-    weights = []
-    for workers in (0, 2):
-        folder = tmp_path / str(workers)
-        assert run(monkeypatch, f"{command} {workers} --output-dir {folder}") == 0
-        saved = torch.load(folder / "checkpoint.pt", weights_only=True)
-        weights.append(saved["model"]["head.weight"])
-    assert weights[0].equal(weights[1])
-
-
-@needs_project
-def test_each_epoch_draws_anew(tmp_path: Path) -> None:
-    write_fashion_mnist(tmp_path)
-    options = {"crop": "padded", "rand_augment": 9, "reprob": 0.5}
-    augment = data.train_transform("fashion-mnist", 28, **options)
-    dataset = data.load_dataset("fashion-mnist", tmp_path, "train", augment)
-    loader = data.make_loader(dataset, 20, train=True, workers=0, pin_memory=False)
-
-    def epoch(seed: int) -> torch.Tensor:
-        loader.sampler.epoch_seed = seed
-        state = torch.get_rng_state()
-        ((images, labels),) = loader
-        assert torch.get_rng_state().equal(state)  # the model's chance is untouched
-        return images[labels.argsort(stable=True)]
-
-    assert epoch(1).equal(epoch(1))
-    assert not epoch(1).equal(epoch(2))
-
-
-@needs_project
-def test_the_papers_protocol(tmp_path, monkeypatch) -> None:
-    """`train.py --dataset cifar100 --sar-lambda 0.01` on a miniature, one step."""
-    write_cifar(tmp_path / "data", archive=True)
-    command = "train --dataset cifar100 --sar-lambda 0.01 --device cpu --epochs 1"
-    command += f" --batch-size 8 --data-dir {tmp_path}/data --output-dir {tmp_path}/run"
-    assert run(monkeypatch, command) == 0
-    checkpoint = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)
-    settings = argparse.Namespace(**checkpoint["settings"])
-    assert (settings.model, settings.img_size, settings.patch_size) == (
-        "vit_small",
-        224,
-        16,
-    )
-    assert (settings.lr, settings.min_lr, settings.warmup_lr) == (5e-4, 1e-5, 1e-6)
-    assert (settings.warmup_epochs, settings.weight_decay, settings.drop_path) == (
-        5,
-        0.05,
-        0.1,
-    )
-    assert (settings.smoothing, settings.aa, settings.reprob) == (0.1, 9, 0.25)
-    assert (settings.mixup, settings.cutmix, settings.crop) == (0.8, 1.0, "resized")
-    assert settings.model_ema
-    assert not settings.last_skip
-    assert train.RECIPES["cifar100"]["epochs"] == 100
-    assert len(checkpoint["classes"]) == 100
-    assert math.isfinite(checkpoint["log"][1]["train_loss"])
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_unreadable_image_is_named(workers, tmp_path, monkeypatch, capsys) -> None:
+    write_folder(tmp_path)
+    (tmp_path / "val" / "dog" / "1.png").write_text("no image")
+    command = f"train {TINY.replace('fashion-mnist', 'folder')} --data-dir {tmp_path}"
+    command += f" --workers {workers} --output-dir {tmp_path}/run"
+    assert run(monkeypatch, command) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"train.py: error: {tmp_path}/val/dog/1.png cannot be read")
+    assert error.count("\n") == 1
 
 
 # ---------------------------------------------------------------------- the evaluation
@@ -2137,33 +1944,28 @@ def test_masks_of_data_sets(name, write, count, size, tmp_path, monkeypatch) -> 
     elif name == "pets":  # the pet is 8 x 16, its border 10 x 20 less that
         assert found == {0: 2400 - 200, 1: 128, 255: 72}
     elif name == "shapes":
-        assert mask.bool().equal(data.Shapes("test").masks[0])
+        assert mask.bool().equal(data.make_shapes("test")[1][0])
     else:
         assert mask.bool().equal(image[0] > 0)
     half = (size[0] // 2, size[1] // 2)
     small_image, small_mask = data.load_masks(name, tmp_path, half)[0]
     assert small_mask.equal(mask[1::2, 1::2])  # the nearest pixel, as PIL takes it
     if name in ("voc2012", "pets"):
-        bilinear = v2.functional.resize(masked.pair(0)[0], half)
+        bilinear = v2.functional.resize(data.open_image(masked.images[0]), half)
         assert small_image.equal(data.AS_TENSOR(bilinear))
 
 
 @needs_project
 def test_masks_that_are_not_there(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(urllib.request, "urlopen", no_network)
-    with pytest.raises(FileNotFoundError, match="VOCdevkit/VOC2012"):
+    with pytest.raises(FileNotFoundError, match="voc2012: .*host.robots.ox.ac.uk"):
         data.load_masks("voc2012", tmp_path, (8, 8))
-    assert list(tmp_path.iterdir()) == []
     write_voc2012(tmp_path)
     mask = tmp_path / "VOCdevkit" / "VOC2012" / "SegmentationClass" / "2007_000033.png"
-    write_mask(mask, torch.full((40, 60), 21))
-    with pytest.raises(ValueError, match=r"2007_000033\.png has 21"):
-        data.load_masks("voc2012", tmp_path, (8, 8))[0]
     mask.write_text("no image")
     masked = data.load_masks("voc2012", tmp_path, (8, 8))
-    with pytest.raises(OSError, match=r"2007_000033\.jpg .*2007_000033\.png"):
+    with pytest.raises(OSError, match=r"2007_000033\.png cannot be read"):
         masked[0]
-    assert list(data.unreadable(masked)) == [0]
 
 
 CLASSES = ["ant", "bee", "cat", "dog", "elk"]
@@ -2171,7 +1973,7 @@ CLASSES = ["ant", "bee", "cat", "dog", "elk"]
 
 def write_run(path: Path, model=None, **settings) -> None:
     """A checkpoint as train.py writes it, of an untrained `small_model`."""
-    model = model or small_model()
+    model = model or small_model(img_size=24)
     architecture = {"img_size": model.img_size, "patch_size": 8, "num_classes": 5}
     architecture |= {"embed_dim": 32, "depth": 3, "num_heads": 2}
     run_settings = {"model": "vit_mini", "dataset": "folder", "crop": "resized"}
@@ -2199,8 +2001,8 @@ def test_accuracy_is_that_of_the_logits(tmp_path, monkeypatch) -> None:
     """For any batch size and number of workers, as image by image."""
     write_folder(tmp_path, CLASSES)
     write_run(tmp_path / "run.pt")
-    model = small_model()
-    transform = data.test_transform((24, 40), crop="resized")
+    model = small_model(img_size=24)
+    transform = data.test_transform(24, crop="resized")
     dataset = data.load_dataset("folder", tmp_path, "test", transform)
     mean, std = data.IMAGENET_MEAN, data.IMAGENET_STD
     normalize = data.normalizer(mean, std, torch.device("cpu"))
@@ -2233,18 +2035,18 @@ def test_precision_is_that_of_the_run_on_its_device(tmp_path, monkeypatch) -> No
 
 
 @needs_project
-@pytest.mark.parametrize("size", ["48", "16 64"])
+@pytest.mark.parametrize("size", ["48"])
 def test_accuracy_at_another_size(size, tmp_path, monkeypatch, capsys) -> None:
     write_folder(tmp_path, CLASSES)
     write_run(tmp_path / "run.pt")
     found = numbers(monkeypatch, tmp_path, f"--img-size {size}")["accuracy"]
-    height, width = [int(each) for each in size.split()] * (2 if " " not in size else 1)
+    height = width = int(size)
     assert found["img_size"] == [height, width]
     output = capsys.readouterr().out
-    assert f"position embedding resized 3x5 -> {height // 8}x{width // 8}" in output
-    model = small_model()
+    assert f"position embedding resized 3x3 -> {height // 8}x{width // 8}" in output
+    model = small_model(img_size=24)
     model.resize((height, width))
-    transform = data.test_transform((height, width), crop="resized")
+    transform = data.test_transform(height, crop="resized")
     dataset = data.load_dataset("folder", tmp_path, "test", transform)
     images = torch.stack([image for image, _ in dataset])
     normalize = data.normalizer(
@@ -2257,29 +2059,6 @@ def test_accuracy_at_another_size(size, tmp_path, monkeypatch, capsys) -> None:
 
 
 @needs_project
-def test_a_crop_covers_the_input(tmp_path: Path) -> None:
-    """Without changing the aspect, and as torchvision's own for squares."""
-    image = torch.randint(256, (3, 50, 80), dtype=torch.uint8)
-    square = data.test_transform(28, crop="resized")(image)
-    resized = v2.Resize(32, v2.InterpolationMode.BICUBIC)(image)
-    assert square.equal(v2.CenterCrop(28)(resized))
-    for size in ((28, 56), (56, 28), (28, 28)):
-        cropped = data.test_transform(size, crop="resized")(image)
-        assert cropped.shape[1:] == size
-        height, width = (side * 256 // 224 for side in size)
-        covered = data._cover(height, width, image)
-        assert covered.shape[1] == height or covered.shape[2] == width
-        assert covered.shape[1] >= height
-        assert covered.shape[2] >= width
-        aspect = covered.shape[2] / covered.shape[1]
-        assert aspect == pytest.approx(80 / 50, rel=0.03)
-    center = data.test_transform((20, 40), crop="center")(image)
-    assert center.equal(image[:, 15:35, 20:60])
-    with pytest.raises(ValueError, match="--crop whole"):
-        data.test_transform(64, crop="center")(image)
-
-
-@needs_project
 def test_classes_are_matched_by_name(tmp_path, monkeypatch, capsys) -> None:
     """A subset of the classes: the other logits are left out, and the output says so."""
     folder = tmp_path / "rendition"  # as ImageNet-R's: without train/ and val/
@@ -2288,14 +2067,14 @@ def test_classes_are_matched_by_name(tmp_path, monkeypatch, capsys) -> None:
     options = f"--dataset folder --data-dir {folder}"
     found = numbers(monkeypatch, tmp_path, options)["accuracy"]
     assert "restricted to its 2 of 5 classes" in capsys.readouterr().out
-    transform = data.test_transform((24, 40), crop="resized")
+    transform = data.test_transform(24, crop="resized")
     dataset = data.load_dataset("folder", folder, "test", transform)
     normalize = data.normalizer(
         data.IMAGENET_MEAN, data.IMAGENET_STD, torch.device("cpu")
     )
     with torch.inference_mode():
         images = torch.stack([image for image, _ in dataset])
-        logits = small_model()(normalize(images))[0][:, [1, 4]]
+        logits = small_model(img_size=24)(normalize(images))[0][:, [1, 4]]
     loss = F.cross_entropy(logits, torch.tensor([0, 0, 1, 1])).item()
     assert found["loss"] == pytest.approx(loss, abs=1e-5)
     (folder / "yak").mkdir()
@@ -2324,7 +2103,7 @@ def test_weights_of_others(options, tmp_path, monkeypatch, capsys) -> None:
     monkeypatch.setitem(vit.MODELS, "vit_tiny", presets)
     write_folder(tmp_path, CLASSES)
     model = small_model(**options)
-    crop = data.test_transform(model.img_size, crop="resized")
+    crop = data.test_transform(model.img_size[0], crop="resized")
     dataset = data.load_dataset("folder", tmp_path, "test", crop)
     images = torch.stack([image for image, _ in dataset])
 
@@ -2434,7 +2213,7 @@ def test_segmentation_of_voc(protocol, tmp_path, monkeypatch, capsys) -> None:
     assert (found["split"], found["protocol"]) == ("val", protocol)
     assert found["img_size"] == [64, 64]
     masked = data.load_masks("voc2012", tmp_path, (64, 64))
-    model = small_model()
+    model = small_model(img_size=24)
     model.resize(64)
     normalize = data.normalizer(
         data.IMAGENET_MEAN, data.IMAGENET_STD, torch.device("cpu")
@@ -2449,7 +2228,7 @@ def test_segmentation_of_voc(protocol, tmp_path, monkeypatch, capsys) -> None:
     output = capsys.readouterr().out
     void = "counted as background" if rule.void_counts else "left out"
     mass = f"{round(100 * rule.mass)} % of the attention"
-    size = "64x64 pixels (position embedding resized 3x5 -> 8x8)"
+    size = "64x64 pixels (position embedding resized 3x3 -> 8x8)"
     assert f"protocol {protocol}: input {size}, {mass}, void pixels {void}" in output
     assert f"{best:.2f}" in output
 
@@ -2465,7 +2244,7 @@ def test_segmentation_of_other_sets(name, tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(evaluation, "PROTOCOLS", small)
     command = f"--segmentation {name} --attention {tmp_path}/a.png --rows 2"
     found = numbers(monkeypatch, tmp_path, command)["segmentation"]
-    assert found["img_size"] == ([64, 64] if name == "pets" else [24, 40])
+    assert found["img_size"] == ([64, 64] if name == "pets" else [24, 24])
     assert found["images"] == {"pets": 4, "shapes": 8, "fashion-mnist": 10}[name]
     assert 0 < found["jaccard_mean"] < 100
     assert (tmp_path / "a.png").is_file()
@@ -2513,12 +2292,12 @@ def test_study_of_the_objects_of_others(tmp_path, monkeypatch, capsys) -> None:
         "plain",
         3,
     )
-    masked = data.load_masks("shapes", tmp_path, (24, 40))
+    masked = data.load_masks("shapes", tmp_path, (24, 24))
     images, masks = (torch.stack(each) for each in zip(*masked))
     source = data.DATASETS["shapes"]
     normalize = data.normalizer(source.mean, source.std, torch.device("cpu"))
     with torch.inference_mode():
-        _, maps = small_model()(normalize(images))
+        _, maps = small_model(img_size=24)(normalize(images))
     keep = partial(evaluation.mass_mask, mass=0.6)
     other, _ = slow_segment(maps, masks.roll(1, 0), keep, void_counts=False)
     own = found["segmentation"]["jaccard_mass"]
@@ -2598,9 +2377,7 @@ def test_study_by_the_pixels(tmp_path, capsys) -> None:
     assert "100.00" not in printed
     raw = tmp_path / "FashionMNIST" / "raw"
     for part in ("images-idx3", "labels-idx1"):
-        shutil.copy(raw / f"train-{part}-ubyte.gz", raw / f"t10k-{part}-ubyte.gz")
-        for split in ("train", "t10k"):
-            (raw / f"{split}-{part}-ubyte").unlink(missing_ok=True)
+        shutil.copy(raw / f"train-{part}-ubyte", raw / f"t10k-{part}-ubyte")
     study["linear"](str(tmp_path), (20,))
     assert capsys.readouterr().out.endswith(": 100.00 ± 0.00 %\n")
 
@@ -2652,7 +2429,7 @@ def test_corruptions_in_folders(tmp_path, monkeypatch, capsys) -> None:
                 (path / each).mkdir(parents=True)
                 image = F.interpolate(torch.rand(1, 3, 4, 6), (40, 60))[0]
                 v2.functional.to_pil_image(image).save(path / each / "0.png")
-    model = small_model()
+    model = small_model(img_size=24)
     for module in model.modules():  # without these the pixels decide
         if isinstance(module, torch.nn.LayerNorm):
             module.reset_parameters()
@@ -2668,7 +2445,7 @@ def test_corruptions_in_folders(tmp_path, monkeypatch, capsys) -> None:
     )
     errors = {}
     for crop in ("center", "resized"):
-        transform = data.test_transform((24, 40), crop=crop)
+        transform = data.test_transform(24, crop=crop)
         for name in names:
             for severity in range(1, 6):
                 path = folder / name / str(severity)
@@ -2691,17 +2468,11 @@ def test_corruptions_in_folders(tmp_path, monkeypatch, capsys) -> None:
     (folder / "snow" / "2" / "dog" / "0.png").write_text("no image")
     command = f"eval --device cpu --checkpoint {tmp_path}/run.pt --corruptions {folder}"
     assert run(monkeypatch, f"{command} --json {tmp_path}/part.json") == 2
-    assert "1 of 3 images failed" in capsys.readouterr().err
+    assert "snow/2/dog/0.png cannot be read" in capsys.readouterr().err
     assert not (tmp_path / "part.json").exists()  # a complete one would still stand
     part = json.loads((tmp_path / "part.json.incomplete").read_text())
     assert not part["complete"]
     assert part["corruptions"]["errors"]["snow"].keys() == {"1"}
-    shutil.rmtree(folder / "fog" / "5")
-    assert run(monkeypatch, f"{command} --skip-unreadable") == 0
-    output = capsys.readouterr().out
-    row = next(line for line in output.splitlines() if line.startswith("fog "))
-    assert row.split()[5] == "-"
-    assert "1 of 3 images left out: " in output
 
 
 @needs_project
@@ -2715,21 +2486,21 @@ def test_corruptions_in_arrays(tmp_path, monkeypatch, capsys) -> None:
     numpy.save(folder / "fog.npy", pixels.numpy())
     write_run(tmp_path / "run.pt", crop="whole")
     found = numbers(monkeypatch, tmp_path, f"--corruptions {folder}")["corruptions"]
-    sets = data.load_corruptions(folder, None, None)["fog"]
-    assert [len(sets[severity]) for severity in range(1, 6)] == [3] * 5
-    assert (sets[2].images == pixels[3:6].numpy()).all()
-    assert sets[2].targets.tolist() == [3, 4, 0]
+    sets = data.load_corruptions(folder)
+    assert [*sets] == [("fog", severity) for severity in range(1, 6)]
+    second = sets["fog", 2]()
+    assert (second.images == pixels[3:6].numpy()).all()
+    assert second.targets.tolist() == [3, 4, 0]
     errors = found["errors"]["fog"].values()
     assert found["mean_error"] == pytest.approx(statistics.mean(errors))
     numpy.save(folder / "labels.npy", labels[:3].numpy())  # once for all severities
-    sets = data.load_corruptions(folder, None, None)["fog"]
-    assert [each.targets.tolist() for each in sets.values()] == [[0, 1, 2]] * 5
-    for wrong in (pixels[:14], pixels.float(), pixels[..., :1]):
+    assert [load().targets.tolist() for load in sets.values()] == [[0, 1, 2]] * 5
+    for wrong in (pixels[:14], pixels.float()):
         numpy.save(folder / "fog.npy", wrong.numpy())
-        with pytest.raises(ValueError, match=r"fog\.npy is not uint8"):
-            data.load_corruptions(folder, None, None)
-    with pytest.raises(ValueError, match="neither"):
-        data.load_corruptions(tmp_path, None, None)
+        with pytest.raises(ValueError, match=r"fog\.npy and labels\.npy are not 5"):
+            data.load_corruptions(folder)["fog", 1]()
+    with pytest.raises(FileNotFoundError, match="neither"):
+        data.load_corruptions(tmp_path)
     numpy.save(folder / "fog.npy", pixels.numpy())
     command = f"eval --checkpoint {tmp_path}/run.pt --device cpu --corruptions {folder}"
     numpy.save(folder / "labels.npy", labels.numpy())
@@ -2743,37 +2514,6 @@ def test_corruptions_in_arrays(tmp_path, monkeypatch, capsys) -> None:
     numpy.save(folder / "labels.npy", (torch.arange(250) % 4).numpy())
     assert run(monkeypatch, command) == 2
     assert "has 5 classes" in capsys.readouterr().err
-
-
-@needs_project
-@pytest.mark.parametrize("workers", [0, 1])
-def test_unreadable_images_are_counted(workers, tmp_path, monkeypatch, capsys) -> None:
-    write_folder(tmp_path, CLASSES)
-    write_run(tmp_path / "run.pt")
-    (tmp_path / "val" / "bee" / "1.png").write_text("no image")
-    # A header that promises more pixels than any image has: no OSError in Pillow.
-    huge = (
-        b"BM" + bytes(8) + struct.pack("<4I2H6I", 54, 40, 10**6, 10**6, 1, 24, *[0] * 6)
-    )
-    (tmp_path / "val" / "dog" / "0.png").write_bytes(huge)
-    options = f"--device cpu --checkpoint {tmp_path}/run.pt --workers {workers}"
-    assert run(monkeypatch, f"eval {options} --json {tmp_path}/no.json") == 2
-    error = capsys.readouterr().err
-    assert "2 of 10 images failed: the image " in error
-    assert "--skip-unreadable" in error
-    assert "val/bee/1.png" in error
-    assert "val/dog/0.png" in error
-    assert error.count("\n") == 1
-    assert not (tmp_path / "no.json").exists()
-    options = f"--workers {workers} --skip-unreadable"
-    found = numbers(monkeypatch, tmp_path, options)["accuracy"]
-    assert (found["images"], found["left_out"]) == (8, 2)
-    assert "2 of 10 images left out: the image " in capsys.readouterr().out
-    for name in CLASSES:
-        for file in (tmp_path / "val" / name).iterdir():
-            file.write_text("no image")
-    assert run(monkeypatch, f"eval --checkpoint {tmp_path}/run.pt {options}") == 2
-    assert "10 of 10 images failed: the image " in capsys.readouterr().err
 
 
 @needs_project
@@ -2807,33 +2547,14 @@ def test_the_picture_takes_any_image(tmp_path, monkeypatch, capsys) -> None:
     before = picture.read_bytes()
     (folder / "b.png").write_text("no image")
     assert draw("") == 2
-    assert "1 of 5 images failed: the image " in capsys.readouterr().err
+    assert "b.png cannot be read" in capsys.readouterr().err
     assert picture.read_bytes() == before
-    capsys.readouterr()
-    assert draw("--skip-unreadable") == 0
-    assert "1 of 5 images left out: " in capsys.readouterr().out  # and 4 are drawn
     shutil.rmtree(folder)
     assert draw("") == 2
     folder.mkdir()
     assert draw("") == 2
     error = capsys.readouterr().err
-    assert "there is no folder of images at" in error
-    assert "there are no images in" in error
-
-
-@needs_project
-def test_pictures_of_data_with_unreadable_images(tmp_path, monkeypatch, capsys) -> None:
-    write_folder(tmp_path, CLASSES)
-    write_run(tmp_path / "run.pt")
-    for name in CLASSES:
-        (tmp_path / "val" / name / "0.png").write_text("no image")
-    options = f"--attention {tmp_path}/a.png --rows 5"
-    command = f"eval --device cpu --checkpoint {tmp_path}/run.pt {options}"
-    assert run(monkeypatch, command) == 2
-    assert "images failed: " in capsys.readouterr().err
-    found = numbers(monkeypatch, tmp_path, f"{options} --skip-unreadable")
-    assert len(found["attention"]["images"]) == found["accuracy"]["images"] == 5
-    assert len(found["attention"]["entropy"][0][4]) == 2
+    assert error.count("there are no images in") == 2
 
 
 @needs_project
@@ -3155,25 +2876,29 @@ def test_non_finite_scores_have_no_jaccard() -> None:
 
 BAD_INPUT = {
     "train --dataset cifar1000": "invalid choice: 'cifar1000'",
-    "train --dataset cifar100 --data-dir nowhere": "nowhere/cifar-100-python",
-    "train --dataset folder --data-dir nowhere": "nowhere/train",
+    "train --model vit_huge": "invalid choice: 'vit_huge'",
+    "train --aa rand-m11": "invalid choice: 'rand-m11'",
+    "train --accumulate 2": "unrecognized arguments: --accumulate 2",
+    "train --dataset cifar100 --data-dir nowhere": "cifar100: not in nowhere",
+    "train --dataset folder --data-dir nowhere": "there is no nowhere/train",
     "train --img-size 50": "patch size 8 does not divide the image size 50x50",
-    "train --epochs 0": "--epochs",
-    "train --pos-std 0": "--pos-std: 0 is not",
-    "train --pos-std 2": "--pos-std: 2 is not",
-    "train --sar-lambda -1": "--sar-lambda",
-    "train --output-dir used": "used already holds a run that cannot be continued; another",
-    "train --output-dir new --resume": "no run to resume in new",
-    "train --output-dir used --resume": "used/checkpoint.pt is damaged",
-    "train --lr inf": "--lr: inf is not finite",
-    "train --lr nan": "--lr: nan is not finite",
-    "train --lr=-1": "--lr: -1 is not at least 0",
+    "train --epochs 0": "--epochs must be at least 1, not 0",
+    "train --epochs ten": "invalid int value: 'ten'",
+    "train --pos-std 2": "--pos-std must be at least 1e-06 and at most 1, not 2.0",
+    "train --sar-lambda=-1": "--sar-lambda must be at least 0, not -1.0",
+    "train --lr inf": "--lr must be at least 0, not inf",
+    "train --lr nan": "--lr must be at least 0, not nan",
+    "train --output-dir used": "used holds a run: --resume used continues it, another",
     "train --output-dir used/checkpoint.pt": "used/checkpoint.pt",
-    "train --finetune none.pt": "no checkpoint at none.pt",
+    "train --resume new": "new holds no run to resume",
+    "train --resume used": "used holds no run to resume",
+    "train --resume used --seed 1": "its own settings, without --seed",
     "train --dataset cifar100 --finetune none.pt": "no checkpoint at none.pt",
-    "train --dataset cifar100 --output-dir used/checkpoint.pt/a": "is not a folder",
-    "train --train-size 100000": "100000 images",
-    "train --accumulate 9": "--accumulate exceeds an epoch's 2 batches",
+    "train --finetune used/checkpoint.pt": "used/checkpoint.pt is damaged or not",
+    "train --finetune evil.pt": "evil.pt contains posix.getcwd, which is not loaded",
+    "train --finetune other.pt": "other.pt holds no Vision Transformer",
+    "train --train-size 100": "--train-size 100 exceeds the 80 training images",
+    "train --batch-size 81": "--batch-size 81 exceeds the 80 training images",
     "train --device tpu": "tpu",
     "train --dataset cifar100 --device cuda": "device cuda was asked for",
     "eval": "no checkpoint.pt under runs",
@@ -3195,10 +2920,6 @@ BAD_INPUT = {
 }
 
 
-def no_network(*_, **__) -> NoReturn:
-    raise urllib.error.URLError("no network")
-
-
 @needs_project
 @pytest.mark.parametrize("command", BAD_INPUT)
 def test_bad_input(command: str, tmp_path, monkeypatch, capsys) -> None:
@@ -3206,6 +2927,8 @@ def test_bad_input(command: str, tmp_path, monkeypatch, capsys) -> None:
     used = tmp_path / "used" / "checkpoint.pt"
     used.parent.mkdir()
     used.write_bytes(b"a run")
+    (tmp_path / "evil.pt").write_bytes(pickle.dumps({"run": os.getcwd}, 2))
+    torch.save({"conv1.weight": torch.zeros(3)}, tmp_path / "other.pt")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(data, "SHAPES_COUNT", {"train": 80, "test": 40})
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)

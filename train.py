@@ -1,65 +1,46 @@
 # SPDX-License-Identifier: MIT
 """Train a Vision Transformer with SAR, the spatial-entropy loss of arXiv 2206.04636.
 
-    python train.py                                # shapes: on a CPU, in minutes
-    python train.py --dataset cifar100 --sar-lambda 0.01 --device cuda   # the paper's
-    python train.py --dataset cifar100 --sar-lambda 0                    # its plain ViT
+    python train.py                                     # shapes: on a CPU, in minutes
+    python train.py --dataset cifar100 --sar-lambda 0.01 --device cuda    # the paper's
+    python train.py --dataset cifar100 --sar-lambda 0 --device cuda   # its plain ViT
     torchrun --nproc_per_node=8 train.py --dataset imagenet --data-dir DIR   # 8 GPUs
-    python train.py --resume                       # the command of a run: continue it
-    python train.py --benchmark                    # time steps of both, and of timm's
+    python train.py --resume runs/NAME                  # continue a run
+    python train.py --dataset cifar100 --help           # the defaults for a dataset
 
-A run lies in its --output-dir: checkpoint.pt, written after every epoch, and log.jsonl,
-a line of settings, then a line for each epoch. The defaults below are those of the data
-set that is named: the paper's protocol, and for shapes something smaller.
+A run is a folder with checkpoint.pt, written after every epoch, and log.jsonl: a line of
+settings, then a line for each epoch.
 """
 
 import argparse
-import contextlib
 import copy
-import importlib
 import io
-import itertools
 import json
 import math
+import multiprocessing
 import os
 import platform
-import re
+import shlex
 import signal
-import statistics
 import sys
-import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
-from typing import NoReturn
 
-try:
-    import fcntl
-except ImportError:  # on Windows
-    fcntl = None
-
-import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import torchvision
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_
 from torch.optim.swa_utils import get_ema_multi_avg_fn
-from torch.profiler import profile
 from torch.utils.data import DataLoader
-from torch.utils.flop_counter import FlopCounterMode
 
 from data import (
-    CROPS,
     DATASETS,
-    Images,
-    Kept,
     balanced_subset,
-    decode_once,
-    default_crop,
     load_dataset,
     make_loader,
     make_mix,
@@ -68,21 +49,7 @@ from data import (
     train_transform,
 )
 from entropy import spatial_entropy
-from eval import (
-    Parser,
-    autocast,
-    choose_device,
-    cpu_batch_size,
-    duration,
-    evaluate,
-    grouped,
-    hardware,
-    number,
-    rank,
-    replace,
-    say,
-    torchrun,
-)
+from eval import choose_device, evaluate, hardware, say
 from model import (
     MODELS,
     VisionTransformer,
@@ -91,61 +58,189 @@ from model import (
     read_checkpoint,
 )
 
-# The authors' recipe for small data sets: DeiT's, for 100 epochs.
-RECIPE = {
-    "model": "vit_small",
-    "img_size": 224,
-    "patch_size": 16,
-    "crop": None,
-    "pos_std": 0.02,
-    "drop_path": 0.1,
-    "epochs": 100,
-    "batch_size": 128,  # on each GPU, in their ImageNet command
-    "lr": 5e-4,
-    "min_lr": 1e-5,
-    "warmup_lr": 1e-6,
-    "warmup_epochs": 5.0,
-    "weight_decay": 0.05,
-    "clip_grad": None,
-    "accumulate": 1,
-    "smoothing": 0.1,
-    "aa": "rand-m9",
-    "reprob": 0.25,
-    "mixup": 0.8,
-    "cutmix": 1.0,
-    "model_ema": True,
-    "model_ema_decay": 0.99996,
+# Defaults: the authors' recipe for small datasets (DeiT's, for 100 epochs), and that of
+# shapes, a demonstration: two CPU cores, two minutes, a lambda that shows what SAR does.
+DEFAULTS = {
+    "model": ("vit_small", "vit_mini"),
+    "img_size": (224, 56),
+    "patch_size": (16, 8),
+    "crop": (None, "whole"),  # None goes by img_size
+    "aa": ("rand-m9", "none"),
+    "reprob": (0.25, 0.0),
+    "mixup": (0.8, 0.0),
+    "cutmix": (1.0, 0.0),
+    "drop_path": (0.1, 0.0),
+    "sar_lambda": (0.01, 0.3),
+    "epochs": (100, 10),
+    "batch_size": (128, 32),  # 128 per GPU in their ImageNet command
+    "lr": (5e-4, 0.0128),
+    "warmup_epochs": (5.0, 2.0),
+    "smoothing": (0.1, 0.0),
+    "model_ema": (True, False),
 }
-FINETUNE_WARMUP_EPOCHS = 3.0  # at most, from weights that are trained already
-# Where a data set differs. Shapes is a demonstration: two CPU cores, two minutes.
-RECIPES = {name: RECIPE for name in DATASETS} | {
-    "imagenet": RECIPE | {"epochs": 300},
-    "shapes": RECIPE
-    | {
-        "model": "vit_mini",
-        "img_size": 56,
-        "patch_size": 8,
-        "crop": "whole",
-        "drop_path": 0.0,
-        "epochs": 10,
-        "batch_size": 32,
-        "lr": 0.0128,
-        "warmup_epochs": 2.0,
-        "smoothing": 0.0,
-        "aa": "none",
-        "reprob": 0.0,
-        "mixup": 0.0,
-        "cutmix": 0.0,
-        "model_ema": False,
-    },
-}
+RECIPE, SHAPES_RECIPE = ({k: v[i] for k, v in DEFAULTS.items()} for i in (0, 1))
+RECIPES = {name: RECIPE for name in DATASETS}
+RECIPES |= {"shapes": SHAPES_RECIPE, "imagenet": RECIPE | {"epochs": 300}}
+FINETUNE_WARMUP_EPOCHS = 3.0  # at most
 SAR_WARMUP_EPOCHS = 10  # of lambda
-OTHERS_SECONDS = 5.0  # that a process waits for another one's complaint
-# What may differ when a run is resumed: how it runs, not what it is.
-MAY_DIFFER = {"data_dir", "device", "workers", "cache"}
-MAY_DIFFER |= {"compile", "finetune", "output_dir"}
-# What the settings of older runs do not name, and were.
-UNNAMED = {"world_size": 1, "pos_std": 0.02}
+NO_SETTINGS = {"help", "resume", "rank"}  # that belong in a log
+MAY_CHANGE = {"device", "workers", "data_dir", "compile"}  # when a run is resumed
+LIMITS = (
+    (1, math.inf, "epochs batch_size img_size patch_size train_size val_interval"),
+    (0, math.inf, "sar_lambda lr min_lr warmup_lr warmup_epochs weight_decay"),
+    (0, math.inf, "clip_grad mixup cutmix workers seed"),
+    (0, 1, "reprob smoothing model_ema_decay"),
+    (0, 0.99, "drop_path"),
+    (1e-6, 1, "pos_std"),
+)
+
+
+# ----------------------------------------------------------------------- command line
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        usage=argparse.SUPPRESS,
+        allow_abbrev=False,
+        add_help=False,  # --help shows the defaults for --dataset
+    )
+    switch, path = argparse.BooleanOptionalAction, os.path.expanduser
+
+    add = parser.add_argument_group("data (defaults in brackets)").add_argument
+    names = f"{', '.join(DATASETS)} [%(default)s]"
+    add("--dataset", choices=DATASETS, default="shapes", metavar="NAME", help=names)
+    add("--data-dir", type=path, default="data", help="with datasets [%(default)s]")
+    train_size = "train on N images, as many of each class [all]"
+    add("--train-size", type=int, metavar="N", help=train_size)
+    add("--img-size", type=int, help="side of the images in pixels [%(default)s]")
+    crop = "a random area; the whole image, shifted by up to an eighth; or unshifted "
+    crop += "[whole for shapes, else padded up to 32 pixels, else resized]"
+    add("--crop", choices=("resized", "padded", "whole"), help=crop)
+    aa = ("none", *(f"rand-m{magnitude}" for magnitude in range(1, 11)))
+    add("--aa", choices=aa, metavar="rand-mM", help="RandAugment or none [%(default)s]")
+    add("--reprob", type=float, help="probability of random erasing [%(default)s]")
+    add("--mixup", type=float, help="alpha of mixup; 0 is off [%(default)s]")
+    add("--cutmix", type=float, help="alpha of cutmix; 0 is off [%(default)s]")
+    workers = "processes that load images [0 on a CPU, else the cores, 16 at most]"
+    add("--workers", type=int, help=workers)
+
+    add = parser.add_argument_group("model").add_argument
+    add("--model", choices=MODELS, help="[%(default)s]")
+    add("--patch-size", type=int, help="side of the patches in pixels [%(default)s]")
+    pool = (
+        "classify the CLS token, or the mean patch of a ViT without one [%(default)s]"
+    )
+    add("--pool", choices=("cls", "mean"), default="cls", help=pool)
+    pos_std = "standard deviation of the initial position embedding [%(default)s]"
+    add("--pos-std", type=float, default=0.02, help=pos_std)
+    add("--drop-path", type=float, help="stochastic depth [%(default)s]")
+    finetune = "start from weights of timm, DeiT, DINO or a run; the warm-up is then "
+    finetune += "3 epochs at most, if it is not given"
+    add("--finetune", type=path, metavar="FILE", help=finetune)
+
+    add = parser.add_argument_group("SAR").add_argument
+    sar_lambda = "weight of the spatial entropy; 0 is the plain ViT [%(default)s]"
+    add("--sar-lambda", type=float, help=sar_lambda)
+    form = "lambda rises for 10 epochs, or half of a shorter run, and falls to 0 by a "
+    form += "cosine; or it is constant [%(default)s]"
+    add("--sar-schedule", choices=("cosine", "constant"), default="cosine", help=form)
+    last_skip = "skip connection around the last attention, and LayerNorm after it "
+    last_skip += "[removed, as in the paper, unless lambda is 0]"
+    add("--last-skip", action=switch, help=last_skip)
+
+    add = parser.add_argument_group("optimization").add_argument
+    add("--epochs", type=int, help="[%(default)s]")
+    add("--batch-size", type=int, help="images of a step, per process [%(default)s]")
+    add("--lr", type=float, help="peak, for steps of 512 images [%(default)s]")
+    add("--min-lr", type=float, default=1e-5, help="at the end [%(default)s]")
+    add("--warmup-lr", type=float, default=1e-6, help="at the start [%(default)s]")
+    warmup = "of linear warm-up; half of the run at most [%(default)s]"
+    add("--warmup-epochs", type=float, help=warmup)
+    weight_decay = "of weight matrices alone [%(default)s]"
+    add("--weight-decay", type=float, default=0.05, help=weight_decay)
+    clip_grad = "clip the gradient to this norm; 0 is off [%(default)s]"
+    add("--clip-grad", type=float, default=0.0, help=clip_grad)
+    add("--smoothing", type=float, help="label smoothing [%(default)s]")
+    ema = "also evaluate an EMA of the weights [%(default)s]"
+    add("--model-ema", action=switch, help=ema)
+    decay = "of the EMA, per step [%(default)s]"
+    add("--model-ema-decay", type=float, default=0.99996, help=decay)
+
+    add = parser.add_argument_group("run").add_argument
+    add(
+        "-h", "--help", action="store_true", help="show this, with --dataset's defaults"
+    )
+    output_dir = "[runs/ with dataset, model, lambda and seed]"
+    add("--output-dir", type=path, help=output_dir)
+    resume = "continue a run; its settings stay, but for --device, --workers, "
+    resume += "--data-dir and --compile"
+    add("--resume", type=path, metavar="RUN_DIR", help=resume)
+    seed = "on a CPU the same seed gives the same weights [%(default)s]"
+    add("--seed", type=int, default=0, help=seed)
+    add("--device", help="cuda, mps or cpu [the first that is there]")
+    add("--amp", action=switch, help="bfloat16 [on GPUs of CUDA that have it]")
+    interval = "test after every N epochs, and after the last [%(default)s]"
+    add("--val-interval", type=int, metavar="N", default=1, help=interval)
+    add("--compile", action="store_true", help="torch.compile model and loss [off]")
+    parser.set_defaults(**RECIPES["shapes"])
+    return parser
+
+
+def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parse twice: the dataset decides the defaults."""
+    parser = make_parser()
+    args = parser.parse_args(arguments)
+    if args.resume:
+        return settings_of_run(parser, arguments)
+    parser.set_defaults(**RECIPES[args.dataset])
+    if args.finetune:
+        warmup = min(RECIPES[args.dataset]["warmup_epochs"], FINETUNE_WARMUP_EPOCHS)
+        parser.set_defaults(warmup_epochs=warmup)
+    args = parser.parse_args(arguments)
+    if args.help:
+        parser.print_help()
+        parser.exit()
+    for low, high, names in LIMITS:
+        for name in names.split():
+            value = getattr(args, name)
+            if value is not None and not (low <= value <= high and value < math.inf):
+                upper = f" and at most {high}" if high < math.inf else ""
+                option = f"--{name.replace('_', '-')}"
+                parser.error(f"{option} must be at least {low}{upper}, not {value}")
+    if args.crop is None:  # the authors' rule
+        args.crop = "padded" if args.img_size <= 32 else "resized"
+    if args.last_skip is None:
+        args.last_skip = args.sar_lambda == 0
+    if args.output_dir is None:
+        name = f"{args.dataset}-{args.model}-lambda{args.sar_lambda:g}-seed{args.seed}"
+        args.output_dir = os.path.join("runs", name)
+    return args
+
+
+def settings_of_run(
+    parser: argparse.ArgumentParser, arguments: Sequence[str] | None
+) -> argparse.Namespace:
+    """Take the settings for --resume from the first line of the run's log."""
+    parser.set_defaults(**dict.fromkeys(vars(parser.parse_args([]))))
+    args = parser.parse_args(arguments)  # what is not given is None
+    given = {name: value for name, value in vars(args).items() if value is not None}
+    folder = given.pop("resume")
+    if others := given.keys() - MAY_CHANGE:
+        option = f"--{min(others).replace('_', '-')}"
+        parser.error(f"a run is resumed with its own settings, without {option}")
+    log = os.path.join(folder, "log.jsonl")
+    try:
+        with open(log) as file:
+            settings = json.loads(file.readline())
+    except (OSError, ValueError) as error:
+        parser.error(f"{folder} holds no run to resume: {error}")
+    given |= {"resume": folder, "output_dir": folder}
+    return argparse.Namespace(**vars(args) | settings | given)
+
+
+# ------------------------------------------------------------------ schedules and loss
 
 
 def schedule(
@@ -153,10 +248,10 @@ def schedule(
 ) -> float:
     """Linear warm-up from start to peak, then a cosine to end.
 
-    Args:
-        progress: part of the run that is done, 0 to 1.
-        warmup: part of the run that is warm-up.
+    `progress` and `warmup` are shares of the run, 0 to 1. Warm-up takes half of it at
+    most, so that a short run is a usable one.
     """
+    warmup = min(warmup, 0.5)
     if progress < warmup:
         return start + (peak - start) * progress / warmup
     progress = (progress - warmup) / (1 - warmup)
@@ -166,28 +261,17 @@ def schedule(
 def rates(step: int, total: int, args: argparse.Namespace) -> tuple[float, float]:
     """Learning rate and lambda of a step, 0 to total - 1.
 
-    The authors' schedules, step by step instead of epoch by epoch: lambda rises from 0
-    for 10 epochs (half of a run shorter than 20) and falls to 0 by a cosine; or it is
-    constant. No learning rate is above the peak.
+    The authors' schedules, but they move with every step instead of every epoch, and no
+    learning rate exceeds the peak.
     """
-    progress, peak = step / total, peak_lr(args)
-    warmup = min(args.warmup_epochs / args.epochs, 1)
+    progress, peak = step / total, args.peak_lr
+    warmup = args.warmup_epochs / args.epochs
     first, last = min(args.warmup_lr, peak), min(args.min_lr, peak)
     lr = schedule(progress, warmup, first, peak, last)
     if args.sar_schedule == "constant":
         return lr, args.sar_lambda
-    warmup = min(SAR_WARMUP_EPOCHS / args.epochs, 0.5)
+    warmup = SAR_WARMUP_EPOCHS / args.epochs
     return lr, schedule(progress, warmup, 0.0, args.sar_lambda, 0.0)
-
-
-def peak_lr(args: argparse.Namespace) -> float:
-    """The learning rate scaled to the batch, by the linear rule of arXiv 1706.02677."""
-    return args.lr * global_batch(args) / 512
-
-
-def global_batch(args: argparse.Namespace) -> int:
-    """How many images make a step."""
-    return args.batch_size * args.accumulate * args.world_size
 
 
 def losses(
@@ -200,33 +284,19 @@ def losses(
     amp: bool = False,
     regularizer: Callable = spatial_entropy,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The loss of equation (6), and its two terms.
+    """The loss of equation (6), and without gradients its terms for the log; scalars.
 
-    Args:
-        model: images -> (logits, similarity).
-        images: float (B, 3, H, W).
-        target: class indices, int64 (B), or probabilities, float (B, classes).
-        sar_lambda: weight of the spatial entropy. None trains the plain ViT: the
-            entropy is then measured without a gradient.
-        smoothing: label smoothing.
-        amp: whether to run the model in bfloat16 autocast.
-        regularizer: `spatial_entropy`, or it compiled.
-
-    Returns:
-        loss, with a gradient; cross-entropy and spatial entropy, for the log; all
-        scalars.
+    `images` is float (B, 3, H, W); `target` class indices, int64 (B,), or probabilities,
+    float (B, classes). `sar_lambda` None trains the plain ViT, and measures the entropy
+    without a gradient. `regularizer` is `spatial_entropy`, or it compiled.
     """
-    with autocast(images.device, amp):
+    with torch.autocast(images.device.type, torch.bfloat16, enabled=amp):
         logits, similarity = model(images)
     cross_entropy = F.cross_entropy(logits.float(), target, label_smoothing=smoothing)
     plain = sar_lambda is None
     entropy = regularizer(similarity.detach() if plain else similarity)
     loss = cross_entropy if plain else cross_entropy + sar_lambda * entropy
     return loss, cross_entropy.detach(), entropy.detach()
-
-
-def compiled(function: Callable, args: argparse.Namespace) -> Callable:
-    return torch.compile(function, fullgraph=True) if args.compile else function
 
 
 def make_optimizer(model: torch.nn.Module, weight_decay: float) -> torch.optim.AdamW:
@@ -239,830 +309,331 @@ def make_optimizer(model: torch.nn.Module, weight_decay: float) -> torch.optim.A
     return torch.optim.AdamW(groups, weight_decay=weight_decay, fused=True)
 
 
-# ----------------------------------------------------------------------- command line
+# ------------------------------------------------------------------------------- a run
 
 
-def randaugment(text: str) -> int:
-    match = re.fullmatch(r"none|rand-m([1-9]|10)", text)
-    if not match:
-        raise argparse.ArgumentTypeError(f"{text} is not none or rand-m1 to rand-m10")
-    return int(match[1] or 0)
-
-
-def make_parser(recipe: dict) -> Parser:
-    """The command line, with the defaults of a recipe."""
-    parser = Parser(__doc__)
-    yes_or_no = argparse.BooleanOptionalAction
-    whole, count = number(1, kind=int), number(0, kind=int)
-    amount, share = number(0), number(0, 1)
-
-    add = parser.add_argument_group("data").add_argument
-    names = ", ".join(DATASETS)
-    add("--dataset", choices=DATASETS, default="shapes", metavar="NAME", help=names)
-    add("--data-dir", default="data", metavar="DIR", help="where data sets lie or go")
-    size = "train on N images, class-balanced"
-    add("--train-size", type=whole, metavar="N", help=size)
-    add("--img-size", type=whole, metavar="PX", help="side of the images")
-    crop = "a random area, as for ImageNet; the whole image, shifted by up to an "
-    crop += "eighth; or unshifted. If left out: whole for shapes, else padded up to 32 "
-    crop += "px and resized above"
-    add("--crop", choices=CROPS, help=crop)
-    aa = "RandAugment, M of 10, or none"
-    add("--aa", type=randaugment, metavar="rand-mM", help=aa)
-    add("--reprob", type=share, metavar="P", help="probability of random erasing")
-    add("--mixup", type=amount, metavar="ALPHA", help="mixup; 0 is off")
-    add("--cutmix", type=amount, metavar="ALPHA", help="cutmix; 0 is off")
-    workers = "processes for training images, and as many for test images; if left out "
-    workers += "none on a CPU, else 16 at most"
-    add("--workers", type=count, metavar="N", help=workers)
-    cache = "keep decoded training images, and test images as the model takes them, in "
-    cache += "memory, if these take at most GB each, per process; 0 is never"
-    add("--cache", type=amount, default=4.0, metavar="GB", help=cache)
-
-    add = parser.add_argument_group("model").add_argument
-    add("--model", choices=MODELS, metavar="NAME", help=", ".join(MODELS))
-    add("--patch-size", type=whole, metavar="PX", help="side of a patch")
-    pool = "what is classified: the CLS token, or the mean patch of a ViT without one"
-    add("--pool", choices=("cls", "mean"), default="cls", help=pool)
-    pos_std = "standard deviation of the initial position embedding, 1 at most; of no "
-    pos_std += "effect with --finetune"
-    add("--pos-std", type=number(1e-6, 1), metavar="STD", help=pos_std)
-    add("--drop-path", type=number(0, 0.99), metavar="P", help="stochastic depth")
-    finetune = "start from weights of this project, timm, DeiT or DINO; then at most "
-    finetune += f"{FINETUNE_WARMUP_EPOCHS:g} warm-up epochs, if these are left out"
-    add("--finetune", metavar="FILE", help=finetune)
-
-    add = parser.add_argument_group("SAR").add_argument
-    sar_lambda = "weight of the spatial entropy: rises for 10 epochs (half of a run "
-    sar_lambda += "shorter than 20), falls to 0 by a cosine; 0 is the plain ViT"
-    add("--sar-lambda", type=amount, default=0.01, metavar="L", help=sar_lambda)
-    shape = "lambda rises and falls, or is constant from the first step to the last"
-    add("--sar-schedule", choices=("cosine", "constant"), default="cosine", help=shape)
-    last_skip = "skip connection around the last attention and LayerNorm after it; if "
-    last_skip += "left out the paper's pairing, kept only if lambda is 0"
-    add("--last-skip", action=yes_or_no, help=last_skip)
-
-    add = parser.add_argument_group("optimization").add_argument
-    add("--epochs", type=whole, metavar="N", help="passes over the training set")
-    add("--batch-size", type=whole, metavar="N", help="images at a time, per process")
-    accumulate = "batches that make a step, per process; a last, incomplete step is "
-    accumulate += "left out"
-    add("--accumulate", type=whole, metavar="N", help=accumulate)
-    add("--lr", type=amount, metavar="LR", help="peak, per 512 images of a step")
-    add("--min-lr", type=amount, metavar="LR", help="at the end of the cosine, at most")
-    add("--warmup-lr", type=amount, metavar="LR", help="at the start of the warm-up")
-    add("--warmup-epochs", type=amount, metavar="N", help="epochs of linear warm-up")
-    add("--weight-decay", type=amount, metavar="WD", help="of weight matrices alone")
-    add(
-        "--clip-grad",
-        type=number(1e-12),
-        metavar="N",
-        help="clip the gradient to this norm; not at all, if left out",
-    )
-    add("--smoothing", type=share, metavar="EPS", help="label smoothing")
-    add("--model-ema", action=yes_or_no, help="also average and evaluate the weights")
-    add("--model-ema-decay", type=share, metavar="D", help="of the average, per step")
-
-    add = parser.add_argument_group("run").add_argument
-    output_dir = "runs/ and data set, model, lambda, seed, if left out"
-    add("--output-dir", metavar="DIR", help=output_dir)
-    resume = "continue the run in --output-dir; give the options that started it"
-    add("--resume", action="store_true", help=resume)
-    seed = "same seed, same run, on a CPU"
-    add("--seed", type=number(0, 2**31, int), default=0, metavar="N", help=seed)
-    device = "cuda, mps or cpu; the first found, if left out; under torchrun each "
-    device += "process takes a GPU of its own"
-    add("--device", metavar="NAME", help=device)
-    amp = "bfloat16; if left out on CUDA alone, on GPUs that have it (Ampere or later)"
-    add("--amp", action=yes_or_no, help=amp)
-    interval = "test after every N epochs, and after the last"
-    add("--val-interval", type=whole, default=1, metavar="N", help=interval)
-    add("--compile", action="store_true", help="torch.compile model and loss")
-    benchmark = "time training steps of the paper's model and the loading of images, "
-    benchmark += "on random data, and write nothing"
-    add("--benchmark", action="store_true", help=benchmark)
-    parser.set_defaults(**recipe)
-    return parser
-
-
-def parse_arguments(
-    arguments: Sequence[str] | None = None,
-) -> tuple[Parser, argparse.Namespace]:
-    """Parse twice: the data set decides the defaults of all else.
-
-    Args:
-        arguments: the command line's by default.
-    """
-    first = Parser(None, add_help=False)
-    first.add_argument("--dataset", default="shapes")
-    first.add_argument("--finetune")
-    first.add_argument("--benchmark", action="store_true")
-    known, _ = first.parse_known_args(arguments)
-    # A benchmark is of the paper's model; an unknown data set is for the full parser to
-    # refuse.
-    recipe = RECIPES.get(known.dataset, RECIPE)
-    if known.benchmark:
-        recipe = RECIPE | {"batch_size": None}  # as the device likes it
-    if known.finetune:
-        warmup = min(recipe["warmup_epochs"], FINETUNE_WARMUP_EPOCHS)
-        recipe = recipe | {"warmup_epochs": warmup}
-    parser = make_parser(recipe)
-    return parser, parser.parse_args(arguments)
-
-
-# ------------------------------------------------------------------------------- one run
-
-
-def resolve(args: argparse.Namespace) -> torch.device:
-    """Fill in the settings that were left out; returns the device.
-
-    Raises:
-        ValueError: there is no such device here.
-    """
-    device = choose_device(args.device)
-    args.device = str(device)
-    args.world_size = torchrun("WORLD_SIZE", 1)
-    if args.world_size > 1:
-        if args.benchmark:
-            raise ValueError("--benchmark is of one process, without torchrun")
-        if args.device not in ("cuda", "cpu"):
-            raise ValueError(f"under torchrun --device is cuda or cpu, not {device}")
-        if device.type == "cuda":
-            device = choose_device(f"cuda:{torchrun('LOCAL_RANK', 0)}")
-    if args.amp is None:  # older GPUs only emulate bfloat16
-        args.amp = device.type == "cuda" and has_bfloat16(device)
-    if args.workers is None:
-        cores = (os.cpu_count() or 1) // torchrun("LOCAL_WORLD_SIZE", 1)
-        args.workers = 0 if device.type == "cpu" else min(cores, 16)
-    if args.last_skip is None:
-        args.last_skip = args.sar_lambda == 0
-    args.crop = args.crop or default_crop(args.img_size)
-    if args.output_dir is None:
-        name = f"{args.dataset}-{args.model}-lambda{args.sar_lambda:g}-seed{args.seed}"
-        args.output_dir = str(Path("runs") / name)
-    return device
-
-
-def has_bfloat16(device: torch.device) -> bool:
-    return torch.cuda.get_device_capability(device) >= (8, 0)
-
-
-def settings(args: argparse.Namespace) -> dict:
-    """What the run is, in plain values; not what was asked of this process alone."""
-    asked = {"resume", "benchmark"}
-    return {name: value for name, value in vars(args).items() if name not in asked}
-
-
-def architecture(args: argparse.Namespace, classes: int) -> dict:
-    """Keyword arguments of VisionTransformer, plain values, for the checkpoint."""
-    names = ("img_size", "patch_size", "pos_std", "drop_path", "last_skip", "pool")
-    chosen = {name: getattr(args, name) for name in names}
-    return {**MODELS[args.model], **chosen, "num_classes": classes}
-
-
-def check_output_dir(
-    args: argparse.Namespace,
-) -> tuple[VisionTransformer | None, dict | None]:
-    """Model and checkpoint to resume from, or None and None for a new run.
-
-    Raises:
-        FileNotFoundError, ValueError: --resume finds no run, a damaged one, or one with
-            other settings; or the directory holds a run and --resume was not given.
-    """
-    folder = Path(args.output_dir)
-    file = folder / "checkpoint.pt"
-    if not args.resume:
-        if not file.exists() and not (folder / "log.jsonl").exists():
-            return None, None
-        how = ": --resume continues it"
-        try:
-            if differ := differing(args, load_run(file)[1]["settings"]):
-                how = f" with other settings, {differ}"
-        except (OSError, ValueError):
-            how = " that cannot be continued"
-        raise ValueError(
-            f"{folder} already holds a run{how}; another --output-dir starts a new one"
-        )
-    if not file.exists():
-        raise FileNotFoundError(f"there is no run to resume in {folder}")
-    model, checkpoint = load_run(file)
-    if differ := differing(args, checkpoint["settings"]):
-        raise ValueError(
-            f"the run in {folder} has other settings: {differ}; "
-            "--resume goes with the command that started the run"
-        )
-    return model, checkpoint
-
-
-def differing(args: argparse.Namespace, then: Mapping) -> str:
-    """What is otherwise than in a run's settings, in words; what may be, left out."""
-    then = UNNAMED | then
-    return ", ".join(
-        f"{name} {then.get(name)} -> {now}"
-        for name, now in settings(args).items()
-        if name not in MAY_DIFFER and then.get(name) != now
-    )
-
-
-@contextlib.contextmanager
-def alone_in(folder: Path) -> Iterator[None]:
-    """While it lasts, no other process trains in the folder: two would mix their files.
-
-    The lock is the system's, so it ends with the process, however that ends. Windows,
-    and some file systems over a network, have none.
-
-    Raises:
-        OSError: the folder cannot be made or written.
-        ValueError: another process trains there.
-    """
-    if rank() > 0:
-        yield
-        return
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("w") as file:
-        try:
-            if fcntl:
-                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):
-            raise ValueError(f"another process trains in {folder} now") from None
-        except OSError as error:
-            say(f"{folder} cannot be locked ({error}): no other run must go there now")
-        yield
-
-
-def check_place(folder: Path) -> None:
-    """Refuse early what cannot be an output directory.
-
-    Raises:
-        ValueError: one sentence.
-    """
-    there = next(each for each in (folder, *folder.absolute().parents) if each.exists())
-    if not there.is_dir():
-        raise ValueError(f"{folder} cannot hold a run: {there} is not a folder")
-    if not os.access(there, os.W_OK | os.X_OK):
-        raise ValueError(f"{folder} cannot hold a run: {there} is not writable")
-
-
-def prepare(args: argparse.Namespace, device: torch.device) -> tuple:
-    """Model, loaders and checkpoint for `train`, all checked; nothing is written.
-
-    Raises:
-        OSError, ValueError: one sentence on what is wrong with settings, data or files.
-    """
-    check_place(Path(args.output_dir))
-    model, checkpoint = check_output_dir(args)
-    # Before a data set is downloaded or listed.
-    weights = read_checkpoint(args.finetune) if args.finetune and not model else None
-    options = {"crop": args.crop, "rand_augment": args.aa, "reprob": args.reprob}
-    augment = train_transform(args.dataset, args.img_size, **options)
-    plain = test_transform(args.img_size, crop=args.crop)
-    with rank_0_first():
-        train_set = load_dataset(args.dataset, args.data_dir, "train", augment)
-        test_set = load_dataset(args.dataset, args.data_dir, "test", plain)
-    classes = list(train_set.classes)
-    if args.train_size:
-        train_set = balanced_subset(train_set, args.train_size, args.seed)
-    options = {"workers": args.workers, "pin_memory": device.type == "cuda"}
-    options |= {"rank": rank(), "world_size": args.world_size}
-    train_loader = make_loader(train_set, args.batch_size, train=True, **options)
-    if len(train_loader) < args.accumulate:
-        raise ValueError(f"--accumulate exceeds an epoch's {len(train_loader)} batches")
-    if checkpoint and checkpoint["classes"] != classes:
-        raise ValueError(f"the run in {args.output_dir} has other classes")
-    if model is None:
-        torch.manual_seed(args.seed)
-        model = VisionTransformer(**architecture(args, len(classes)))
-        if weights is not None:
-            say(load_weights(model, weights, args.finetune))
-    size = cpu_batch_size(model) if device.type == "cpu" else args.batch_size
-    test_loader = make_loader(test_set, size, train=False, **options)
-    if len(test_set) * 3 * args.img_size**2 <= args.cache * 1e9:
-        test_loader = Kept(test_loader)
-    versions = {
-        "torch": str(torch.__version__),
-        "torchvision": str(torchvision.__version__),
-        "python": platform.python_version(),
-        "hardware": machine(args, device),
-    }
-    derived = {"global_batch": global_batch(args), "peak_lr": peak_lr(args)}
-    new = {
-        "epoch": 0,  # how many are done
-        "settings": settings(args),
-        "architecture": architecture(args, len(classes)),
-        "classes": classes,
-        "log": [settings(args) | derived | versions],
-    }
-
-    millions = sum(parameter.numel() for parameter in model.parameters()) / 1e6
-    grid, skip = "x".join(map(str, model.grid)), "kept" if args.last_skip else "removed"
-    say(f"{args.model}: {millions:.2f} M parameters, {grid} patches, last skip {skip}")
-    sizes = f"{len(train_set)} training and {len(test_set)} test images"
-    say(f"{args.dataset}: {sizes}, {len(classes)} classes")
-    say(f"{machine(args, device)}, {'bfloat16' if args.amp else 'float32'}")
-    scaled = f"{args.lr:g} * {global_batch(args)} / 512 = {peak_lr(args):.3g}"
-    say(f"learning rate {scaled}, lambda {args.sar_lambda:g}")
-    if args.warmup_epochs >= args.epochs:
-        say(f"the run ends in its warm-up of {args.warmup_epochs:g} epochs")
-    if checkpoint:
-        done = checkpoint["epoch"]
-        complete = ": it is complete" if done == args.epochs else ""
-        say(f"resuming after {done} of {args.epochs} epochs{complete}")
-    return model, train_loader, test_loader, checkpoint or new
-
-
-def machine(args: argparse.Namespace, device: torch.device) -> str:
-    times = f"{args.world_size} x " if args.world_size > 1 else ""
-    return times + hardware(device)
-
-
-@contextlib.contextmanager
-def rank_0_first() -> Iterator[None]:
-    """Under torchrun: the first process alone, as for a download; then all the rest."""
-    if not grouped():
-        yield
-        return
-    if rank() > 0:
-        dist.barrier()
-    try:
-        with contextlib.redirect_stdout(sys.stdout if rank() == 0 else io.StringIO()):
-            yield
-    finally:
-        if rank() == 0:
-            dist.barrier()
-
-
-def train(
-    args: argparse.Namespace,
-    device: torch.device,
+def train_one_epoch(
+    epoch: int,
     model: VisionTransformer,
-    train_loader: DataLoader,
-    test_loader: DataLoader,
-    checkpoint: dict,
-) -> None:
-    """Train and evaluate, epoch by epoch, from where the checkpoint stands.
+    ema: VisionTransformer | None,
+    optimizer: torch.optim.Optimizer,
+    loader: DataLoader,
+    prepare: Callable,
+    losses_of: Callable,
+    args: argparse.Namespace,
+) -> dict:
+    """Train for an epoch, 0 to args.epochs - 1, and return its line of the log.
 
-    Raises:
-        FloatingPointError: a loss is not finite; the checkpoint on disk is of before.
-        OSError: an image cannot be read, or a file not be written.
+    `prepare` brings a batch to the device and mixes it; `losses_of` is `losses` with the
+    model and its options. Raise FloatingPointError if a loss is not finite.
     """
-    folder, world_size = Path(args.output_dir), args.world_size
-    if decode_once(train_loader.dataset.dataset, args.cache * 1e9):
-        say("the training images are decoded and kept in memory")
-    if isinstance(test_loader, Kept):  # an unreadable image is found before it costs
-        for _ in test_loader:
-            check_signals()
-    model.to(device)
-    step_model, accumulating = compiled(model, args), contextlib.nullcontext
-    if world_size > 1:
-        step_model = DistributedDataParallel(step_model)  # gradients: mean of processes
-        accumulating = step_model.no_sync
-    options = {"smoothing": args.smoothing, "amp": args.amp}
-    options["regularizer"] = compiled(spatial_entropy, args)
-    optimizer = make_optimizer(model, args.weight_decay)
-    ema = copy.deepcopy(model).requires_grad_(False) if args.model_ema else None
+    # All randomness follows from the seed and the epoch, so that a resumed run is the
+    # same as one that was never stopped. Each batch of each process has its own seed.
+    epoch_seed = args.seed + 1_000_003 * (epoch + 1)
+    loader.sampler.epoch_seed = epoch_seed
+    generator = torch.Generator().manual_seed(epoch_seed)
+    seeds = torch.randint(2**62, (len(loader), args.world_size), generator=generator)
+    steps, total = len(loader), args.epochs * len(loader)
     update_ema = get_ema_multi_avg_fn(args.model_ema_decay)
-    source = DATASETS[args.dataset]
-    normalize = normalizer(source.mean, source.std, device)
-    mix = make_mix(args.mixup, args.cutmix, len(checkpoint["classes"]))
-    steps = len(train_loader) // args.accumulate
-    first, total = checkpoint["epoch"] * steps, args.epochs * steps
-    if first:
-        optimizer.load_state_dict(checkpoint["optimizer"])
+    terminal = sys.stdout.isatty()
+    model.train()
+    sums = 0  # of both terms of the loss
+    start = shown = time.perf_counter()
+    for step, (images, labels) in enumerate(loader, start=1):
+        done = epoch * steps + step
+        lr, sar_lambda = rates(done - 1, total, args)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        torch.manual_seed(seeds[step - 1, args.rank].item())
+        images, target = prepare(images, labels)
+        weight = sar_lambda if args.sar_lambda else None
+        loss, *terms = losses_of(images, target, sar_lambda=weight)
+        optimizer.zero_grad()
+        loss.backward()
+        if args.clip_grad:
+            clip_grad_norm_(model.parameters(), args.clip_grad)
+        optimizer.step()
         if ema:
-            ema.load_state_dict(checkpoint["model_ema"])
-        save_log(folder, checkpoint)  # it may lack the last epoch of a killed run
-
-    start = time.perf_counter()
-    for epoch in range(checkpoint["epoch"], args.epochs):
-        # All chance in an epoch follows from the seed and the epoch's number, so that a
-        # resumed run is the same as one that was never stopped.
-        # Every batch has a seed of its own, so that N processes do what one does with
-        # N times --accumulate.
-        epoch_seed = args.seed + 1_000_003 * (epoch + 1)
-        train_loader.sampler.epoch_seed = epoch_seed
-        shape = (steps, args.accumulate, world_size)
-        generator = torch.Generator().manual_seed(epoch_seed)
-        seeds = torch.randint(2**62, shape, generator=generator)[..., rank()].tolist()
-        model.train()
-        sums = torch.zeros(2, device=device)  # of cross-entropy and spatial entropy
-        epoch_start = shown = time.perf_counter()
-        batches = iter(train_loader)
-        for step in range(1, steps + 1):
-            check_signals()
-            done = epoch * steps + step
-            lr, sar_lambda = rates(done - 1, total, args)
-            for group in optimizer.param_groups:
-                group["lr"] = lr
-            optimizer.zero_grad()
-            for batch, seed in enumerate(seeds[step - 1], start=1):
-                images, labels = next(batches)
-                torch.manual_seed(seed)
-                images = normalize(images.to(device, non_blocking=True))
-                images, target = mix(images, labels.to(device, non_blocking=True))
-                weight = sar_lambda if args.sar_lambda else None
-                last = batch == args.accumulate
-                with contextlib.nullcontext() if last else accumulating():
-                    loss, *terms = losses(
-                        step_model, images, target, sar_lambda=weight, **options
-                    )
-                    (loss / args.accumulate).backward()
-                sums += torch.stack(terms) / args.accumulate
-            if args.clip_grad:
-                clip_grad_norm_(model.parameters(), args.clip_grad)
-            optimizer.step()
-            if ema:
-                update_ema(list(ema.parameters()), list(model.parameters()), None)
-
-            if step < steps and time.perf_counter() - shown < 0.5:
-                continue
-            # Only here, twice a second, does the host wait for the device. Processes
-            # speak of their own images until the end of the epoch.
-            if step == steps and world_size > 1:
-                dist.all_reduce(sums)
-                sums /= world_size
-            train_loss, train_entropy = (sums / step).tolist()
-            shown = time.perf_counter()
-            speed = step * global_batch(args) / (shown - epoch_start)
-            left = duration((shown - start) / (done - first) * (total - done))
-            if not math.isfinite(train_loss + train_entropy):
-                raise FloatingPointError(
-                    f"no finite loss by step {step} of epoch {epoch + 1}: cross-entropy "
-                    f"{train_loss}, spatial entropy {train_entropy}, learning rate {lr:g}"
-                )
-            say(
-                f"epoch {epoch + 1}/{args.epochs} {step / steps:4.0%}  "
-                f"loss {train_loss:.3f}  spatial entropy {train_entropy:.3f}  "
-                f"{speed:.0f} images/s  {left} left",
-                stays=False,
-            )
-
-        test, tested = {}, ""
-        if (epoch + 1) % args.val_interval == 0 or epoch + 1 == args.epochs:
-            test = evaluate(model, test_loader, normalize, device, args.amp)
-            if not math.isfinite(test["loss"] + test["entropy"]):
-                raise FloatingPointError(
-                    f"the weights of epoch {epoch + 1} are not finite, or not what they "
-                    f"give: test cross-entropy {test['loss']}, spatial entropy "
-                    f"{test['entropy']}"
-                )
-        elif not torch.stack([w.isfinite().all() for w in model.parameters()]).all():
-            raise FloatingPointError(f"the weights of epoch {epoch + 1} are not finite")
-        record = {
+            update_ema(list(ema.parameters()), list(model.parameters()), None)
+        sums = sums + torch.stack(terms)
+        if step < steps and time.perf_counter() - shown < (0.5 if terminal else 60):
+            continue
+        # Only here does the host wait for the device.
+        if step == steps and args.world_size > 1:
+            dist.all_reduce(sums)
+            sums /= args.world_size
+        train_loss, train_entropy = (sums / step).tolist()
+        shown = time.perf_counter()
+        line = {
             "epoch": epoch + 1,
             "train_loss": train_loss,
             "train_entropy": train_entropy,
-            **{f"test_{name}": value for name, value in test.items()},
             "lr": lr,
             "sar_lambda": sar_lambda,
-            "images_per_second": speed,
+            "images_per_second": step * args.global_batch / (shown - start),
         }
-        checkpoint["epoch"] = epoch + 1
-        checkpoint["model"] = model.state_dict()
-        checkpoint["optimizer"] = optimizer.state_dict()
-        averaged = ""
-        if ema and test:
-            test_ema = evaluate(ema, test_loader, normalize, device, args.amp)
-            record |= {f"test_{name}_ema": value for name, value in test_ema.items()}
-            averaged = f" (averaged weights {test_ema['acc1']:.2f} %)"
-        if ema:
-            checkpoint["model_ema"] = ema.state_dict()
-        if test:
-            tested = f"test accuracy {test['acc1']:.2f} %{averaged}  "
-            tested += (
-                f"loss {test['loss']:.3f}  spatial entropy {test['entropy']:.3f} | "
+        if not math.isfinite(train_loss + train_entropy):
+            raise FloatingPointError(
+                f"no finite loss by step {step} of epoch {epoch + 1}: cross-entropy "
+                f"{train_loss}, spatial entropy {train_entropy}, learning rate {lr:g}"
             )
-        now = time.perf_counter()
-        record["seconds"] = now - epoch_start
-        left = duration((now - start) / (done - first) * (total - done))
-        checkpoint["log"].append(record)
-        save(folder, checkpoint)
-        say(
-            f"epoch {epoch + 1}/{args.epochs}  loss {train_loss:.3f}  "
-            f"spatial entropy {train_entropy:.3f} | {tested}"
-            f"lr {lr:.1e}  lambda {sar_lambda:.4f}  {speed:.0f} images/s  {left} left"
-        )
-        check_signals()
+        if step < steps:
+            left = (shown - start) / step * (total - done)
+            say(
+                f"{step / steps:4.0%} of {summary(line, left, args)}",
+                stays=not terminal,
+            )
+    return line
+
+
+def summary(line: dict, seconds_left: float, args: argparse.Namespace) -> str:
+    """What people see of a line of the log."""
+    text = f"epoch {line['epoch']}/{args.epochs}  loss {line['train_loss']:.3f}  "
+    text += f"entropy {line['train_entropy']:.3f}  "
+    if "test_acc1" in line:
+        text += f"test {line['test_acc1']:.2f} %  "
+    if "test_acc1_ema" in line:
+        text += f"EMA {line['test_acc1_ema']:.2f} %  "
+    return f"{text}{timedelta(seconds=round(seconds_left))} left"
+
+
+def write(file: Path, content: bytes) -> None:
+    """Write a file whole or not at all: under another name first, then renamed."""
+    partial_file = file.with_name(f"{file.name}.partial")
+    try:
+        with partial_file.open("wb") as opened:
+            opened.write(content)
+            opened.flush()
+            os.fsync(opened.fileno())
+        partial_file.replace(file)
+    except OSError as error:
+        partial_file.unlink(missing_ok=True)
+        raise OSError(f"{file} cannot be written: {error.strerror}") from error
 
 
 def save(folder: Path, checkpoint: dict) -> None:
-    """Write checkpoint.pt and log.jsonl: each under another name first, then renamed.
-
-    Raises:
-        OSError: the disk is full, or the like; what stood there before still stands.
-    """
-    if rank() == 0:
-        replace(folder / "checkpoint.pt", lambda file: torch.save(checkpoint, file))
-    save_log(folder, checkpoint)
+    """Write checkpoint.pt and log.jsonl; a full disk leaves the last ones."""
+    buffer = io.BytesIO()
+    torch.save(checkpoint, buffer)
+    write(folder / "checkpoint.pt", buffer.getbuffer())
+    write_log(folder, checkpoint)
 
 
-def save_log(folder: Path, checkpoint: dict) -> None:
+def write_log(folder: Path, checkpoint: dict) -> None:
     lines = "".join(json.dumps(line) + "\n" for line in checkpoint["log"])
-    if rank() == 0:
-        replace(folder / "log.jsonl", lambda file: file.write_text(lines))
+    write(folder / "log.jsonl", lines.encode())
 
 
-BENCHMARK_WARMUP, BENCHMARK_ROUNDS = 3, 30
-# Images of a step, if --batch-size is left out, and steps between waits for the device.
-BENCHMARK_SIZES = {"cpu": (4, 1), "cuda": (256, 10), "mps": (64, 10)}
+def set_up(args: argparse.Namespace) -> torch.device:
+    """Join the processes of torchrun, complete the settings, and return the device."""
+    device, args.rank, world_size = choose_device(args.device), 0, 1
+    if dist.is_torchelastic_launched():
+        options = {"backend": "gloo", "timeout": timedelta(hours=1)}
+        if device.type == "cuda":
+            device = choose_device(f"cuda:{os.environ['LOCAL_RANK']}")
+            torch.cuda.set_device(device)
+            options |= {"backend": "nccl", "device_id": device}
+        dist.init_process_group(**options)
+        args.rank, world_size = dist.get_rank(), dist.get_world_size()
+    if args.rank > 0:
+        sys.stdout = io.StringIO()  # print on rank 0 only
+    if args.resume and args.world_size != world_size:
+        raise ValueError(f"{args.resume} is a run of {args.world_size} processes")
+    args.device, args.world_size = args.device or device.type, world_size
+    args.global_batch = args.batch_size * world_size
+    args.peak_lr = args.lr * args.global_batch / 512  # arXiv 1706.02677
+    if args.amp is None:  # older GPUs only emulate bfloat16
+        args.amp = device.type == "cuda" and torch.cuda.is_bf16_supported(False)
+    if args.workers is None:
+        cores = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        args.workers = 0 if device.type == "cpu" else min(cores, 16)
+    return device
 
 
-def benchmark(args: argparse.Namespace, device: torch.device) -> None:
-    """Time training steps of the plain ViT, of SAR and of timm's ViT, and the loader.
-
-    Eager and compiled steps of each take turns; the table has their medians.
-    """
-    batch_size, count = BENCHMARK_SIZES[device.type]
-    shape = (args.batch_size or batch_size, 3, args.img_size, args.img_size)
-    say(f"{args.model}, images {shape}, {'bfloat16' if args.amp else 'float32'}")
-    say(f"{machine(args, device)}, torch {torch.__version__}")
-    matrices = matrix_rate(device, args.amp)
-    say(f"matrix products of this type: {matrices / 1e12:.3g} TFLOP/s")
-    loading = f"cifar100 at {args.img_size} px: {loading_cost(args):.2f} ms"
-    say(f"loading {loading} an image, on one core")
-
-    images = torch.randn(shape, device=device)
-    target = torch.randint(1000, shape[:1], device=device)
-    steps, flops = {}, {}
-    for name, model in peers(args).items():
-        model = model.to(device).train()
-        operations = training_flops(model, images[:1], target[:1]) * len(images)
-        for args.compile in (False, True):
-            full_name = f"{name}, compiled" if args.compile else name
-            contestant = copy.deepcopy(model)
-            steps[full_name] = make_step(name, contestant, images, target, args)
-            flops[full_name] = operations
-    seconds, memory = {name: [] for name in steps}, {}
-    for turn in range(BENCHMARK_WARMUP + BENCHMARK_ROUNDS):
-        # In another order each time, so that no place in it is an advantage.
-        names, first = list(steps), turn % len(steps)
-        for name in names[first:] + names[:first]:
-            step, optimizer = steps[name]
-            say(f"round {turn + 1}: {name}", stays=False)
-            synchronize(device)
-            start = time.perf_counter()
-            for _ in range(count):
-                step()
-            synchronize(device)
-            seconds[name].append((time.perf_counter() - start) / count)
-            if turn == BENCHMARK_WARMUP - 1:
-                memory[name] = peak_memory(step, optimizer, device)
-    medians = {
-        name: statistics.median(times[BENCHMARK_WARMUP:])
-        for name, times in seconds.items()
-    }
-    say(f"{'':<24} ms a step  images/s  SAR's time  TFLOP/s  of matrices  peak MB")
-    for name, median in medians.items():
-        sar = medians["SAR, compiled" if "compiled" in name else "SAR"]
-        rate = flops[name] / median
-        say(
-            f"{name:<24}{1e3 * median:10.1f}{len(images) / median:10.1f}"
-            f"{sar / median:12.3f}{rate / 1e12:9.3g}{rate / matrices:13.0%}"
-            f"{memory[name] / 1e6:9.0f}"
-        )
-    for kind in ("", ", compiled"):
-        overhead = medians[f"SAR{kind}"] / medians[f"plain ViT{kind}"] - 1
-        say(f"overhead of SAR{kind}: {overhead:+.1%}")
+def make_loaders(
+    args: argparse.Namespace, device: torch.device
+) -> tuple[DataLoader, DataLoader, list[str]]:
+    """Make the loaders of training and test images; return the classes' names too."""
+    magnitude = 0 if args.aa == "none" else int(args.aa.removeprefix("rand-m"))
+    options = {"crop": args.crop, "rand_augment": magnitude, "reprob": args.reprob}
+    augment = train_transform(args.dataset, args.img_size, **options)
+    plain = test_transform(args.img_size, crop=args.crop)
+    if args.rank > 0:
+        dist.barrier()  # rank 0 is first, as it may download
+    train_set = load_dataset(args.dataset, args.data_dir, "train", augment)
+    test_set = load_dataset(args.dataset, args.data_dir, "test", plain)
+    if args.rank == 0 and args.world_size > 1:
+        dist.barrier()
+    classes = train_set.classes
+    if args.train_size:
+        train_set = balanced_subset(train_set, args.train_size, args.seed)
+    options = {"workers": args.workers, "pin_memory": device.type == "cuda"}
+    options |= {"rank": args.rank, "world_size": args.world_size}
+    train_loader = make_loader(train_set, args.batch_size, train=True, **options)
+    test_loader = make_loader(test_set, args.batch_size, train=False, **options)
+    counts = f"{len(train_set)} training and {len(test_set)} test images"
+    say(f"{args.dataset}: {counts}, {len(classes)} classes")
+    return train_loader, test_loader, classes
 
 
-def peers(args: argparse.Namespace) -> dict[str, torch.nn.Module]:
-    """The models to be timed, by name; timm's where that is installed and has it."""
-    options = architecture(args, classes=1000)
-    models = {
-        "plain ViT": VisionTransformer(**options | {"last_skip": True}),
-        "SAR": VisionTransformer(**options | {"last_skip": False}),
-    }
-    with contextlib.suppress(ImportError, RuntimeError):
-        timm = importlib.import_module("timm")
-        peer = f"{args.model}_patch{args.patch_size}_224"
-        options = {"img_size": args.img_size, "drop_path_rate": args.drop_path}
-        models[f"timm {timm.__version__}"] = timm.create_model(peer, **options)
-    return models
-
-
-def make_step(
-    name: str,
-    model: torch.nn.Module,
-    images: torch.Tensor,
-    target: torch.Tensor,
+def new_run(
     args: argparse.Namespace,
-) -> tuple[Callable[[], None], torch.optim.Optimizer]:
-    """A training step: forward, backward, AdamW; only SAR measures spatial entropy."""
-    optimizer = make_optimizer(model, args.weight_decay)
-    forward, regularizer = compiled(model, args), compiled(spatial_entropy, args)
-
-    def step() -> None:
-        if name == "SAR":
-            options = {"sar_lambda": args.sar_lambda, "amp": args.amp}
-            loss, *_ = losses(
-                forward, images, target, regularizer=regularizer, **options
-            )
-        else:
-            with autocast(images.device, args.amp):
-                logits = forward(images)
-            logits = logits[0] if isinstance(logits, tuple) else logits
-            loss = F.cross_entropy(logits.float(), target)
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-    return step, optimizer
-
-
-def synchronize(device: torch.device) -> None:
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)
+    device: torch.device,
+    classes: list[str],
+    weights: Mapping | None,
+) -> tuple[VisionTransformer, dict]:
+    """Make the model and what its checkpoints will hold, and start the log."""
+    names = ("img_size", "patch_size", "pos_std", "drop_path", "last_skip", "pool")
+    architecture = {name: getattr(args, name) for name in names}
+    architecture |= MODELS[args.model] | {"num_classes": len(classes)}
+    torch.manual_seed(args.seed)
+    model = VisionTransformer(**architecture)
+    if weights:
+        say(load_weights(model, weights, args.finetune))
+    settings = {k: v for k, v in vars(args).items() if k not in NO_SETTINGS} | {
+        "torch": str(torch.__version__),
+        "torchvision": str(torchvision.__version__),
+        "python": platform.python_version(),
+        "hardware": hardware(device),
+    }
+    if not args.resume and args.rank == 0:
+        os.makedirs(args.output_dir, exist_ok=True)
+        with open(os.path.join(args.output_dir, "log.jsonl"), "x") as file:
+            file.write(json.dumps(settings) + "\n")
+    checkpoint = {"epoch": 0, "settings": settings, "log": [settings]}  # epochs done
+    return model, checkpoint | {"architecture": architecture, "classes": classes}
 
 
-def matrix_rate(device: torch.device, amp: bool) -> float:
-    """FLOP/s of a large matrix product in the type of the model."""
-    side = 2048 if device.type == "cpu" else 8192
-    dtype = torch.bfloat16 if amp else torch.float32
-    matrix = torch.randn(side, side, device=device, dtype=dtype)
-    seconds = []
-    for _ in range(10):
-        synchronize(device)
-        start = time.perf_counter()
-        matrix @ matrix
-        synchronize(device)
-        seconds.append(time.perf_counter() - start)
-    return 2 * side**3 / statistics.median(seconds)
-
-
-def training_flops(
-    model: torch.nn.Module, images: torch.Tensor, target: torch.Tensor
-) -> int:
-    """Floating-point operations of matrix products, forward and backward."""
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        logits = model(images)
-        logits = logits[0] if isinstance(logits, tuple) else logits
-        F.cross_entropy(logits, target).backward()
-    model.zero_grad()
-    return counter.get_total_flops()
-
-
-def loading_cost(args: argparse.Namespace) -> float:
-    """Milliseconds of one core for an augmented image of CIFAR-100's size."""
-    generator = np.random.default_rng(0)
-    images = generator.integers(0, 256, (512, 32, 32, 3), dtype=np.uint8)
-    options = {"crop": args.crop, "rand_augment": args.aa, "reprob": args.reprob}
-    augment = train_transform("cifar100", args.img_size, **options)
-    dataset = Images(images, range(len(images)), [], augment)
-    loader = make_loader(dataset, 64, train=True, workers=0, pin_memory=False)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # as in a worker
-    next(iter(loader))
-    start = time.perf_counter()
-    for _ in loader:
-        pass
-    torch.set_num_threads(threads)
-    return 1e3 * (time.perf_counter() - start) / len(images)
-
-
-def peak_memory(
-    step: Callable, optimizer: torch.optim.Optimizer, device: torch.device
-) -> float:
-    """Bytes of tensors at the peak of a step: weights, optimizer state and the rest.
-
-    Not known on MPS.
-    """
-    resident = sum(
-        tensor.nbytes
-        for parameter, state in optimizer.state.items()
-        for tensor in (parameter, *state.values())
-    )
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        step()
-        return resident + torch.cuda.max_memory_allocated(device) - before
-    if device.type != "cpu":
-        return math.nan
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # it reports its own start and stop
-    with profile(profile_memory=True, acc_events=True) as profiler:
-        step()
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "trace.json"
-        profiler.export_chrome_trace(str(file))
-        events = json.loads(file.read_text())["traceEvents"]
-    events = [event for event in events if event.get("name") == "[memory]"]
-    events.sort(key=lambda event: event["ts"])
-    changes = (event["args"]["Bytes"] for event in events)
-    return resident + max(itertools.accumulate(changes))
-
-
-signals: list[int] = []  # that have ended the run: one at most
-
-
-def take_signal(number: int, _: object) -> NoReturn:
-    """Ctrl-C and SIGTERM end a run once; what follows is no news.
-
-    The exception can be lost where Python calls back, as while a worker is forked:
-    so `check_signals` asks again.
-    """
-    signals.append(number)
-    for each in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(each, signal.SIG_IGN)
-    # Workers that the same signal ended. Not SIG_DFL: Python reports a signal that has
-    # come, but has lost its handler by the time it is to be handled.
-    if hasattr(signal, "SIGCHLD"):
-        signal.signal(signal.SIGCHLD, lambda *_: None)
-    raise KeyboardInterrupt
-
-
-def check_signals() -> None:
-    if signals:
-        raise KeyboardInterrupt
-
-
-class Refusal(Exception):
-    """What the user is told in one sentence, with exit code 2."""
-
-
-def start(args: argparse.Namespace) -> None:
-    """What the command line asks for.
+def train(args: argparse.Namespace) -> None:
+    """Start or continue a run: train, evaluate and save, epoch by epoch.
 
     Raises:
-        Refusal: it cannot be done, or no longer.
+        OSError, ValueError: settings, data or files cannot be used.
+        FloatingPointError: a loss is not finite; the last good checkpoint stays.
     """
-    with contextlib.ExitStack() as stack:
-        try:
-            device = resolve(args)
-            with torch.device("meta"):  # sizes are checked before any data is read
-                VisionTransformer(**architecture(args, classes=1))
-            if args.benchmark:
-                benchmark(args, device)
-                return
-            if args.world_size > 1:
-                join_group(device)
-            folder = Path(args.output_dir)
-            if args.resume and (folder / "checkpoint.pt").exists():
-                stack.enter_context(alone_in(folder))
-            parts = prepare(args, device)
-            if not args.resume:
-                stack.enter_context(alone_in(folder))
-                check_output_dir(args)  # another one may have ended meanwhile
-        except (OSError, ValueError) as error:
-            raise Refusal(" ".join(str(error).split())) from error
-        say(f"writing to {folder}")
-        try:
-            train(args, device, *parts)
-        except (FloatingPointError, OSError, torch.OutOfMemoryError) as error:
-            # A worker process puts its traceback first; the last line says what is wrong.
-            last = (str(error).strip() or repr(error)).splitlines()[-1]
-            raise Refusal(f"{last}; {kept(args)}") from error
-        except Exception:
-            say(kept(args))
-            raise
-    checkpoint = folder / "checkpoint.pt"
-    say(f"next: python eval.py --checkpoint {checkpoint} --attention attention.png")
-    if grouped():
-        dist.destroy_process_group()
-
-
-def join_group(device: torch.device) -> None:
-    """Meet the other processes that torchrun started; they wait an hour at most."""
-    options = {"backend": "gloo", "timeout": timedelta(hours=1)}
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-        options |= {"backend": "nccl", "device_id": device}
-    dist.init_process_group(**options)
-
-
-def kept(args: argparse.Namespace) -> str:
-    """What a run that ends early leaves behind, in words."""
-    if args.benchmark or not args.output_dir:
-        return "nothing was written"
-    checkpoint = Path(args.output_dir) / "checkpoint.pt"
-    if checkpoint.exists():
-        return (
-            f"{checkpoint} holds the last good epoch; "
-            "the same command with --resume continues it"
+    device, folder = set_up(args), Path(args.output_dir)
+    file, log = folder / "checkpoint.pt", folder / "log.jsonl"
+    if not args.resume and (file.exists() or log.exists()):
+        raise ValueError(
+            f"{folder} holds a run: --resume {shlex.quote(args.output_dir)} continues "
+            "it, another --output-dir starts a new one"
         )
-    return "no epoch was finished, so there is none to resume"
+    model = checkpoint = weights = None
+    if args.resume and file.exists():
+        model, checkpoint = load_run(file)
+    elif args.finetune:
+        weights = read_checkpoint(args.finetune)
+    train_loader, test_loader, classes = make_loaders(args, device)
+    if checkpoint is None:
+        model, checkpoint = new_run(args, device, classes, weights)
+    elif checkpoint["classes"] != classes:
+        raise ValueError(f"{folder} is a run with other classes")
+    millions = sum(parameter.numel() for parameter in model.parameters()) / 1e6
+    grid, skip = "x".join(map(str, model.grid)), "kept" if args.last_skip else "removed"
+    say(f"{args.model}: {millions:.2f} M parameters, {grid} patches, last skip {skip}")
+    rule = f"{args.lr:g} * {args.global_batch} / 512 = {args.peak_lr:.3g}"
+    say(f"learning rate {rule}, lambda {args.sar_lambda:g}")
+    say(f"{hardware(device)}, {'bfloat16' if args.amp else 'float32'}")
+    say(f"{checkpoint['epoch']} of {args.epochs} epochs are done in {folder}")
+
+    model.to(device)
+    compiled = partial(torch.compile, fullgraph=True) if args.compile else lambda f: f
+    forward = compiled(model)
+    if args.world_size > 1:
+        forward = DistributedDataParallel(forward)  # averages gradients
+    losses_of = partial(
+        losses,
+        forward,
+        smoothing=args.smoothing,
+        amp=args.amp,
+        regularizer=compiled(spatial_entropy),
+    )
+    optimizer = make_optimizer(model, args.weight_decay)
+    ema = copy.deepcopy(model).requires_grad_(False) if args.model_ema else None
+    if checkpoint["epoch"]:
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        if ema:
+            ema.load_state_dict(checkpoint["model_ema"])
+        if args.rank == 0:
+            write_log(folder, checkpoint)  # the run may have ended before its last line
+    source = DATASETS[args.dataset]
+    normalize = normalizer(source.mean, source.std, device)
+    mix = make_mix(args.mixup, args.cutmix, len(classes))
+
+    def prepare(images: torch.Tensor, labels: torch.Tensor) -> tuple:
+        images = normalize(images.to(device, non_blocking=True))
+        return mix(images, labels.to(device, non_blocking=True))
+
+    for epoch in range(checkpoint["epoch"], args.epochs):
+        start = time.perf_counter()
+        line = train_one_epoch(
+            epoch, model, ema, optimizer, train_loader, prepare, losses_of, args
+        )
+        if (epoch + 1) % args.val_interval == 0 or epoch + 1 == args.epochs:
+            test = evaluate(model, test_loader, normalize, device, args.amp)
+            line |= {f"test_{name}": value for name, value in test.items()}
+            if ema:
+                test = evaluate(ema, test_loader, normalize, device, args.amp)
+                line |= {f"test_{name}_ema": value for name, value in test.items()}
+        finite = all(weight.isfinite().all() for weight in model.parameters())
+        if not finite or not math.isfinite(line.get("test_loss", 0)):
+            raise FloatingPointError(
+                f"the weights of epoch {epoch + 1} are not finite, or their test loss is "
+                f"not: {line.get('test_loss')}, learning rate {line['lr']:g}"
+            )
+        seconds = line["seconds"] = time.perf_counter() - start
+        checkpoint |= {
+            "epoch": epoch + 1,
+            "model": model.state_dict(),
+            "optimizer": optimizer.state_dict(),
+            "log": [*checkpoint["log"], line],
+        }
+        if ema:
+            checkpoint["model_ema"] = ema.state_dict()
+        if args.rank == 0:
+            save(folder, checkpoint)
+        say(summary(line, seconds * (args.epochs - epoch - 1), args))
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    file = shlex.quote(os.path.join(args.output_dir, "checkpoint.pt"))
+    say(f"next: python eval.py --checkpoint {file} --attention attention.png")
+
+
+def stop(args: argparse.Namespace, number: int, _: object) -> None:
+    """End at once on Ctrl-C or SIGTERM: a run's files are whole at any instant.
+
+    An exception in its place could get lost, as while a worker is forked.
+    """
+    if multiprocessing.parent_process():
+        return  # a worker: its parent ends it
+    if hasattr(signal, "SIGCHLD"):  # not on Windows
+        signal.signal(
+            signal.SIGCHLD, lambda *_: None
+        )  # so workers end without an error
+    try:
+        started = os.path.exists(os.path.join(args.output_dir, "log.jsonl"))
+        resume = (
+            f"; to continue: python train.py --resume {shlex.quote(args.output_dir)}"
+        )
+        say(f"stopped{resume if started else ''}")
+    finally:
+        for worker in multiprocessing.active_children():
+            worker.kill()
+        os._exit(128 + number)
 
 
 def main() -> None:
-    parser, args = parse_arguments()
-    signals.clear()
-    for each in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(each, take_signal)
+    args = parse_args()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, partial(stop, args))
     try:
-        try:
-            start(args)
-        except Exception as error:
-            # Where one process fails, the others lose it or fail likewise. The first
-            # has the word; the launcher then ends the rest.
-            if rank() or (grouped() and not isinstance(error, Refusal)):
-                time.sleep(OTHERS_SECONDS)
-            raise
-    except BaseException as error:
-        # A signal may also show as the error of a worker that it ended.
-        if signals or isinstance(error, KeyboardInterrupt):
-            say(f"stopped; {kept(args)}")
-            sys.exit(128 + (signals or [signal.SIGINT])[0])
-        if isinstance(error, Refusal):
-            parser.error(str(error))
-        raise
+        train(args)
+    except (OSError, ValueError, FloatingPointError) as error:
+        say("", stays=False)
+        # The last line: an error of a worker starts with the worker's traceback.
+        reason = str(error).strip().splitlines()[-1].removeprefix("OSError: ")
+        print(f"train.py: error: {reason}", file=sys.stderr)
+        sys.exit(2)
 
 
 if __name__ == "__main__":

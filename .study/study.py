@@ -239,9 +239,9 @@ def commands() -> None:
                 run = f"runs/study/{setting}/{arm}-{seed}"
                 print(
                     f"[ -e {run}/eval.json ] || {{",
+                    f"if [ -e {run}/log.jsonl ]; then python train.py --resume {run}; else",
                     f"python train.py {train_options(setting, arm, seed)} {device}",
-                    f"--output-dir {run}",
-                    f"$([ -e {run}/checkpoint.pt ] && echo --resume) &&",
+                    f"--output-dir {run}; fi &&",
                     f"python eval.py --checkpoint {run}/checkpoint.pt {device}",
                     f"--segmentation {dataset} --json {run}/eval.json; }}",
                 )
@@ -266,13 +266,19 @@ def summarize(folder: Path, record: dict) -> dict:
     import train
 
     options = f"{train_options(**record)} --device cpu"  # which may differ
-    _, args = train.parse_arguments(options.split())
-    train.resolve(args)
+    asked = vars(train.parse_args(options.split()))
     lines = (folder / "log.jsonl").read_text().splitlines()
     settings, *epochs = map(json.loads, lines)
-    if differ := train.differing(args, settings):
+    differ = ", ".join(
+        f"{name} {settings.get(name)} -> {value}"
+        for name, value in asked.items()
+        if name not in (*train.MAY_CHANGE, *train.NO_SETTINGS, "output_dir")
+        and value is not None
+        and settings.get(name) != value
+    )
+    if differ:
         raise ValueError(f"the run in {folder} has not the study's settings: {differ}")
-    if len(epochs) < args.epochs:
+    if len(epochs) < asked["epochs"]:
         raise ValueError(f"the run in {folder} ended after {len(epochs)} epochs")
     last = epochs[-1]
     measured = json.loads((folder / "eval.json").read_text())["segmentation"]
