@@ -1,12 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""Datasets, augmentation and loaders: image files or arrays in, uint8 batches out.
+"""Datasets, augmentation and data loaders.
 
-`DATASETS` is the table of the datasets; a row adds one. Loaders give images as uint8
-(B, 3, H, W), a quarter of the memory traffic of float32, and labels as int64 (B,).
-`normalizer` makes the images float on the device.
-
-`shapes` is drawn in the process, the same images in every run: solid shapes of random
-color, place, size and rotation over textured, cluttered backgrounds, with their masks.
+To add a dataset, add a row to `DATASETS`. Loaders give images as uint8 (B, 3, H, W) and
+labels as int64 (B,); `normalizer` makes the images float on the device.
 """
 
 import math
@@ -33,11 +29,10 @@ NEAREST = v2.InterpolationMode.NEAREST_EXACT
 
 @dataclass(frozen=True)
 class Source:
-    """A row of the table: where to get a dataset, how its splits are read, its statistics.
+    """A row of the table: where to get a dataset, how to read its splits, its statistics.
 
-    With a `reader`, of torchvision.datasets, a split is the argument that selects it, or
-    several, as "train+val". Without one, a split is a path under the data directory: a
-    folder of class folders, or DomainNet's list of files.
+    With a `reader` of torchvision, a split is the reader's argument ("+" joins several).
+    Without, it is a path in the data directory: of class folders, or of a list of files.
     """
 
     url: str
@@ -98,7 +93,7 @@ VOC2012 = Source(
 
 @dataclass(eq=False)
 class Images(Dataset):
-    """(image, label) pairs; the transform gets PIL images, or tensors if they are such."""
+    """(image, label) pairs. The transform gets a PIL image, or a tensor if it is one."""
 
     images: Sequence  # by index: paths, or uint8 (h, w), (h, w, 3) or tensors (3, h, w)
     targets: torch.Tensor  # int64 (n,), indices into classes
@@ -120,14 +115,13 @@ class Images(Dataset):
 
 
 def open_image(path: str | os.PathLike) -> Image.Image:
-    """Read an image file as people see it: RGB, upright, transparency on white.
+    """Read an image as people see it: RGB, upright, transparency on white.
 
-    Raises:
-        OSError: it cannot be read, or its pixels have no known scale (float and 32-bit
-            integer images); the message names the file.
+    Raise OSError, which names the file, if it cannot be read or if its pixels have no
+    known scale, as float and 32-bit integers.
     """
     image = _decode(path)
-    # Older Pillow reads 16-bit PNG as mode "I", and all read 16-bit PGM so.
+    # 16-bit PGM, and 16-bit PNG in older Pillow, have mode "I".
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format != "TIFF"):
         image = Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8))
     if image.mode in ("I", "F"):
@@ -142,7 +136,7 @@ def open_image(path: str | os.PathLike) -> Image.Image:
 
 
 def _decode(path: str | os.PathLike) -> Image.Image:
-    """Decode a file, and turn it upright; decoders raise almost any exception."""
+    """Decode an image file and turn it upright. Decoders may raise any exception."""
     try:
         with Image.open(path) as image:
             ImageOps.exif_transpose(image, in_place=True)
@@ -175,11 +169,9 @@ def load_dataset(
 ) -> Images:
     """Load a split, "train" or "test", of a dataset; torchvision downloads what it can.
 
-    The transform is applied to each image, PIL or uint8 (C, H, W), as it is read.
-
-    Raises:
-        FileNotFoundError: the dataset is not in `data_dir` and cannot be downloaded.
-        ValueError: its class folders do not fit, or SciPy is missing (SVHN, Flowers102).
+    The transform is applied to each image, PIL or uint8 (C, H, W), as it is read. Raise
+    FileNotFoundError if the dataset is neither in `data_dir` nor downloaded, ValueError
+    if its class folders do not fit or if SciPy is missing (SVHN, Flowers102).
     """
     source = DATASETS[name]
     part = getattr(source, split)
@@ -195,9 +187,9 @@ def load_dataset(
     return images
 
 
-def _missing(name: str, source: Source, what: object) -> FileNotFoundError:
+def _missing(name: str, source: Source, what: str) -> FileNotFoundError:
     where = f"get it from {source.url}, or " if source.url else ""
-    return FileNotFoundError(f"{name}: {what}; {where}name its place with --data-dir")
+    return FileNotFoundError(f"{name}: {what}; {where}set --data-dir")
 
 
 def _open(
@@ -211,31 +203,32 @@ def _open(
             print(f"{name} is not in {data_dir}: downloading it", flush=True)
             return source.reader(data_dir, part, download=True)
     except ImportError as error:
-        raise ValueError(
-            f"reading {name} takes {error.name}: pip install {error.name}"
-        ) from error
+        raise ValueError(f"{name} requires SciPy: pip install scipy") from error
     except (RuntimeError, OSError) as error:
-        failed = f"not in {data_dir}, and the download failed ({error})"
+        reason = " ".join(str(error).split())
+        failed = f"not in {data_dir}, and the download failed ({reason})"
         raise _missing(name, source, failed) from error
 
 
 def _read_torchvision(
     name: str, source: Source, data_dir: str | os.PathLike, part: str | bool
 ) -> Images:
-    """Take the images and labels of torchvision, which have various names there."""
+    """Collect images and labels, whose attributes have several names in torchvision."""
     images, labels = [], []
     for each in part.split("+") if isinstance(part, str) else [part]:
         opened = _open(name, source, data_dir, each)
         found = vars(opened)
-        keys = [key for key in ("data", "_image_files", "_images") if key in found]
-        pixels = found[keys[0]]
-        if not isinstance(pixels, list):  # all in one array or tensor
+        pixels = next(
+            found[key] for key in ("data", "_image_files", "_images") if key in found
+        )
+        if not isinstance(pixels, list):  # one array or tensor
             pixels = np.asarray(pixels)
-            channels_first = pixels.shape[1] == 3
-            pixels = pixels.transpose(0, 2, 3, 1) if channels_first else pixels
+            if pixels.shape[1] == 3:  # channels first
+                pixels = pixels.transpose(0, 2, 3, 1)
         images.extend(pixels)
-        keys = [key for key in ("targets", "labels", "_labels") if key in found]
-        labels.extend(found[keys[0]])
+        labels.extend(
+            next(found[key] for key in ("targets", "labels", "_labels") if key in found)
+        )
     classes = getattr(opened, "classes", range(10))  # SVHN's are the digits
     return Images(images, torch.as_tensor(labels), [str(each) for each in classes])
 
@@ -245,7 +238,7 @@ def _read_list(name: str, source: Source, data_dir: Path, part: str) -> Images:
     if not (data_dir / part).is_file():
         raise _missing(name, source, f"there is no {data_dir / part}")
     lines = (data_dir / part).read_text().splitlines()
-    files, labels = zip(*(line.rsplit(" ", 1) for line in lines))
+    files, labels = zip(*(line.rsplit(" ", 1) for line in lines if line.strip()))
     labels = [int(label) for label in labels]
     names = {label: Path(file).parent.name for file, label in zip(files, labels)}
     files = [data_dir / file for file in files]
@@ -253,12 +246,12 @@ def _read_list(name: str, source: Source, data_dir: Path, part: str) -> Images:
 
 
 def _read_folder(name: str, source: Source, data_dir: Path, part: str) -> Images:
-    """Read a folder of class folders; train/, if it exists, says what classes there are."""
+    """Read a folder of class folders. The classes are those of train/, if it exists."""
     folder, train = data_dir / part, data_dir / source.train
     if name == "folder" and folder != train and not (folder.is_dir() or train.is_dir()):
         folder = data_dir  # class folders alone, to evaluate
     if not folder.is_dir():
-        raise _missing(name, source, f"there is no {folder}, to hold <class>/<image>")
+        raise _missing(name, source, f"there is no {folder}, for <class>/<image>")
     classes = list_classes(train if train.is_dir() else folder)
     images = read_classes(folder, classes)
     counts = images.targets.bincount(minlength=len(classes))
@@ -274,12 +267,12 @@ def read_classes(folder: Path, classes: list[str]) -> Images:
     """Read a folder of class folders, and label its images by their places in `classes`."""
     if len(classes) < 2:
         raise ValueError(
-            f"{folder} takes images as <class>/<image>, of two classes or more; found: "
-            f"{', '.join(classes) or 'no folder'}"
+            f"{folder} must have a folder of images for each of two classes or more; it "
+            f"has: {', '.join(classes) or 'none'}"
         )
     own = list_classes(folder)
     if unknown := [name for name in own if name not in classes]:
-        raise ValueError(f"{folder} has the class {_some(unknown)}, which train/ lacks")
+        raise ValueError(f"{folder} has {_some(unknown)}, which is not in train/")
     labels = {name: label for label, name in enumerate(classes)}
     pairs = [
         (file, labels[name]) for name in own for file in list_images(folder / name)
@@ -291,6 +284,7 @@ def read_classes(folder: Path, classes: list[str]) -> Images:
 
 
 def _some(names: list[str]) -> str:
+    """The first name, and how many more there are."""
     more = f" and {len(names) - 1} more" if len(names) > 1 else ""
     return f"{names[0]}{more}"
 
@@ -329,34 +323,33 @@ SHAPES: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
 
 
 def make_shapes(split: str) -> tuple[Images, torch.Tensor]:
-    """Draw the dataset `shapes`: in each image one object, of eight classes in turns.
+    """Draw the dataset `shapes`, the same images in every run.
 
-    Return its split "train" or "test", images uint8 (n, 3, S, S) with S = SHAPES_SIZE,
-    and the masks of the objects, bool (n, S, S).
+    Solid shapes of random color, place, size and rotation over textured, cluttered
+    backgrounds, one in each image, cycling through eight classes. Return the images of
+    the split, uint8 (n, 3, S, S) with S = SHAPES_SIZE, and masks, bool (n, S, S).
     """
-    count, size = SHAPES_COUNT[split], SHAPES_SIZE
+    count = SHAPES_COUNT[split]
     generator = torch.Generator().manual_seed(list(SHAPES_COUNT).index(split))
-    images = torch.empty(count, 3, size, size, dtype=torch.uint8)
-    masks = torch.empty(count, size, size, dtype=torch.bool)
+    images = torch.empty(count, 3, SHAPES_SIZE, SHAPES_SIZE, dtype=torch.uint8)
+    masks = torch.empty(count, SHAPES_SIZE, SHAPES_SIZE, dtype=torch.bool)
     targets = torch.arange(count) % len(SHAPES)
     for label, inside in enumerate(SHAPES.values()):
         rows = (targets == label).nonzero().flatten()
-        images[rows], masks[rows] = draw_shapes(inside, len(rows), generator)
+        images[rows], masks[rows] = _draw(inside, len(rows), generator)
     return Images(images, targets, list(SHAPES)), masks
 
 
-def draw_shapes(
+def _draw(
     inside: Callable, count: int, generator: torch.Generator
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Draw one shape n = `count` times: uint8 (n, 3, S, S), and masks, bool (n, S, S)."""
 
-    def uniform(low: float, high: float, *shape: int) -> torch.Tensor:
-        sample = torch.rand(count, *(shape or (1,)), 1, 1, generator=generator)
+    def uniform(low: float, high: float, channels: int = 1) -> torch.Tensor:
+        sample = torch.rand(count, channels, 1, 1, generator=generator)
         return low + (high - low) * sample
 
-    def frame(
-        scale: torch.Tensor, room: float, points: int
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def frame(scale: torch.Tensor, room: float, points: int) -> tuple:
         """Coordinates of a points x points grid, as seen from a randomly placed object."""
         line = (torch.arange(points) + 0.5) * 2 / points - 1  # the image spans -1 to 1
         angle = uniform(0, 2 * math.pi)
@@ -382,7 +375,7 @@ def draw_shapes(
 
 
 def balanced_subset(dataset: Images, size: int, seed: int) -> Subset:
-    """A random subset whose classes differ by one image at most, where images suffice."""
+    """A random subset with equally many images of each class, as far as these suffice."""
     if size > len(dataset):
         raise ValueError(
             f"--train-size {size} exceeds the {len(dataset)} training images"
@@ -409,15 +402,15 @@ AS_TENSOR = v2.Compose([v2.RGB(), v2.ToImage(), v2.ToPureTensor()])
 class Masked(Dataset):
     """(image, mask) pairs of one size, uint8: (3, height, width) and (height, width).
 
-    Both are resized without keeping the aspect, as in the authors' code. A mask is 0 for
-    the background, VOID, or the kind of the object, from 1 to `objects`.
+    Both are resized without keeping the aspect ratio, as in the authors' code. A mask has
+    0 for the background, 1 to `objects` for the kinds of objects, or VOID.
     """
 
     images: Sequence  # by index: paths, or uint8 tensors (C, h, w)
     masks: Sequence  # paths, or uint8 tensors (h, w)
     size: tuple[int, int]  # height and width
     objects: int
-    meaning: torch.Tensor | None = None  # uint8, of the numbers in masks if it differs
+    meaning: torch.Tensor | None = None  # uint8, maps the values of masks, if needed
 
     def __len__(self) -> int:
         return len(self.images)
@@ -435,12 +428,10 @@ class Masked(Dataset):
 
 
 def load_masks(name: str, data_dir: str | os.PathLike, size: tuple[int, int]) -> Masked:
-    """Load the test images of a dataset (a key of MASKS) with the masks of their objects.
+    """Load the test images of a dataset in MASKS, with the masks of their objects.
 
-    An object is, in VOC 2012 val, all pixels of a class; of pets, the pet of the trimap,
+    An object is, in VOC 2012 val, all pixels of a class; in Pets, the pet of the trimap,
     whose border is void; in Fashion-MNIST, the pixels that are not 0.
-
-    Raises: as `load_dataset`.
     """
     meaning = None
     if name == "shapes":
@@ -463,18 +454,18 @@ def load_masks(name: str, data_dir: str | os.PathLike, size: tuple[int, int]) ->
 def load_corruptions(
     folder: str | os.PathLike,
 ) -> dict[tuple[str, int], Callable[[], Images]]:
-    """Find corrupted test images: by corruption and severity, a function that reads them.
+    """Find corrupted test images: a function that reads them, by corruption and severity.
 
-    The folder is in the layout of ImageNet-C, <corruption>/<severity>/<class>/<image>, or
-    of CIFAR-C, whose classes have no names: <corruption>.npy, uint8 (5 * n, height,
-    width, 3), severity by severity, and labels.npy, (5 * n,) or (n,).
+    The folder is in ImageNet-C's layout, <corruption>/<severity>/<class>/<image>, or in
+    CIFAR-C's, without class names: <corruption>.npy, uint8 (5 * n, height, width, 3),
+    severity by severity, and labels.npy, (5 * n,) or (n,).
     """
     found = {}
     for path in sorted(Path(folder).glob("*/[1-5]")):
         part = partial(read_classes, path, list_classes(path))
         found[path.parent.name, int(path.name)] = part
-    for path in sorted(Path(folder).glob("*.npy")):
-        for severity in range(1, 6) if path.stem != "labels" else ():
+    for path in sorted(set(Path(folder).glob("*.npy")) - {Path(folder, "labels.npy")}):
+        for severity in range(1, 6):
             found[path.stem, severity] = partial(_read_array, path, severity)
     if not found:
         raise FileNotFoundError(
@@ -522,11 +513,10 @@ def train_transform(
 ) -> v2.Compose:
     """Augment: an image, PIL or uint8 (C, H, W), to uint8 (3, img_size, img_size).
 
-    `crop` "resized" takes a random area of 8 to 100 % and resizes it, "padded" shifts the
-    whole image by up to an eighth of its side, "whole" does not. `rand_augment` is the
-    magnitude of RandAugment (arXiv 1909.13719), of 10, or 0 for none; `reprob` the
-    probability of random erasing. What a crop or rotation uncovers gets the mean color of
-    dataset `name`.
+    `crop` is "resized" (a random area of 8 to 100 %, resized), "padded" (a random shift by
+    up to an eighth of the side) or "whole". `rand_augment` is the magnitude of RandAugment
+    (arXiv 1909.13719), from 1 to 10, or 0 for none. The mean color of dataset `name` fills
+    what is uncovered.
     """
     source = DATASETS[name]
     fill = [round(255 * channel) for channel in source.mean]
@@ -539,8 +529,8 @@ def train_transform(
         steps.append(v2.RandomCrop(img_size, padding=img_size // 8, fill=fill))
     steps.append(v2.RandomHorizontalFlip())
     if rand_augment:
-        # As in timm, each of two operations is skipped at even odds, and 9 means 9 of
-        # 10: torchvision's own scale has 31 bins.
+        # As in timm, each of two operations is skipped at even odds, and magnitudes go up
+        # to 10; torchvision's go up to 30.
         operation = v2.RandAugment(1, rand_augment, 11, BILINEAR, fill)
         steps += [v2.RandomApply([operation], p=0.5) for _ in range(2)]
     steps.append(v2.ToImage())
@@ -552,9 +542,8 @@ def train_transform(
 def test_transform(img_size: int, *, crop: str) -> v2.Compose:
     """Prepare for testing: PIL or uint8 (C, H, W) to uint8 (3, img_size, img_size).
 
-    `crop` "resized" resizes the shorter side to 256/224 of img_size and takes the center,
-    the ImageNet protocol; "center" takes the center of the image as it is; any other
-    resizes the whole image.
+    `crop` is "resized" (the center, after resizing to 256/224, the ImageNet protocol),
+    "center" (the center of the image as it is), or else the whole image is resized.
     """
     steps: list[Callable] = [v2.RGB()]
     if crop == "resized":
@@ -575,10 +564,7 @@ def make_mix(mixup: float, cutmix: float, classes: int) -> Callable:
 
 @dataclass(eq=False)
 class SeededItems(Dataset):
-    """Items by (index, seed): the random numbers of an item come from its own seed.
-
-    So augmentation does not depend on which worker loads an item, nor after which.
-    """
+    """Items by (index, seed): the seed makes augmentation independent of the workers."""
 
     dataset: Dataset
 
@@ -594,10 +580,10 @@ class SeededItems(Dataset):
 
 @dataclass(eq=False)
 class EpochSampler(Sampler):
-    """(index, seed) of all items, in an order that follows from the epoch's seed.
+    """(index, seed) of all items, in an order seeded by `epoch_seed`.
 
-    Whole batches only. Of W processes, number r takes every W-th batch from r on, so
-    that W of them see in a step what one process sees in W batches.
+    Whole batches only. Rank r of W takes every W-th batch, from batch r on, so W processes
+    see in a step what one process sees in W batches.
     """
 
     count: int
@@ -630,24 +616,23 @@ def make_loader(
     rank: int = 0,
     world_size: int = 1,
 ) -> DataLoader:
-    """Make batches of images, uint8 (B, 3, H, W), and labels, int64 (B,).
+    """Make a loader of images, uint8 (B, 3, H, W), and labels, int64 (B,).
 
-    A training loader shuffles, and drops what does not fill a batch. Set
-    `loader.sampler.epoch_seed` before an epoch: all randomness follows from it, for any
-    number of workers, which persist from epoch to epoch. Process `rank` of `world_size`
-    gets its share: of the batches in training, else of the images, each of them once.
-    Raise ValueError if there is no batch for each process.
+    A training loader shuffles, and drops the last images if they do not fill a batch. Set
+    `loader.sampler.epoch_seed` before each epoch: all randomness follows from it, for any
+    number of workers. Each of `world_size` processes gets its share, of the batches in
+    training, else of the images. Raise ValueError if there is none for one of them.
     """
-    if not train:
-        sampler = range(rank, len(dataset), world_size)
-    elif len(dataset) < batch_size * world_size:
-        times = f" times {world_size} processes" if world_size > 1 else ""
-        raise ValueError(
-            f"--batch-size {batch_size}{times} exceeds the {len(dataset)} training images"
-        )
-    else:
+    if len(dataset) < (batch_size if train else 1) * world_size:
+        kind = f"--batch-size {batch_size}" if train else "one image"
+        times = f" for each of {world_size} processes" if world_size > 1 else ""
+        split = "training" if train else "test"
+        raise ValueError(f"{kind}{times} exceeds the {len(dataset)} {split} images")
+    if train:
         sampler = EpochSampler(len(dataset), batch_size, rank, world_size)
         dataset = SeededItems(dataset)
+    else:
+        sampler = range(rank, len(dataset), world_size)
     return DataLoader(
         dataset,
         batch_size,
@@ -655,14 +640,14 @@ def make_loader(
         num_workers=workers,
         persistent_workers=workers > 0,
         pin_memory=pin_memory,
-        generator=torch.Generator(),  # and not the one that the model draws from
+        generator=torch.Generator(),  # leaves the global one untouched
     )
 
 
 def normalizer(
     mean: Sequence[float], std: Sequence[float], device: torch.device
 ) -> Callable[[torch.Tensor], torch.Tensor]:
-    """The first step on the device: uint8 (B, 3, H, W) -> standardized float32.
+    """Return a function that normalizes images on the device, uint8 to float32.
 
     `mean` and `std` are per channel, on the scale 0 to 1.
     """

@@ -24,7 +24,7 @@ import shlex
 import signal
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -49,13 +49,12 @@ from data import (
     train_transform,
 )
 from entropy import spatial_entropy
-from eval import choose_device, evaluate, hardware, say
+from eval import choose_device, duration, evaluate, hardware, say
 from model import (
     MODELS,
     VisionTransformer,
     load_run,
     load_weights,
-    read_checkpoint,
 )
 
 # Defaults: the authors' recipe for small datasets (DeiT's, for 100 epochs), and that of
@@ -81,14 +80,14 @@ DEFAULTS = {
 RECIPE, SHAPES_RECIPE = ({k: v[i] for k, v in DEFAULTS.items()} for i in (0, 1))
 RECIPES = {name: RECIPE for name in DATASETS}
 RECIPES |= {"shapes": SHAPES_RECIPE, "imagenet": RECIPE | {"epochs": 300}}
-FINETUNE_WARMUP_EPOCHS = 3.0  # at most
 SAR_WARMUP_EPOCHS = 10  # of lambda
-NO_SETTINGS = {"help", "resume", "rank"}  # that belong in a log
 MAY_CHANGE = {"device", "workers", "data_dir", "compile"}  # when a run is resumed
+NO_SETTINGS = {"help", "resume", "rank"}  # not for the log
 LIMITS = (
     (1, math.inf, "epochs batch_size img_size patch_size train_size val_interval"),
     (0, math.inf, "sar_lambda lr min_lr warmup_lr warmup_epochs weight_decay"),
-    (0, math.inf, "clip_grad mixup cutmix workers seed"),
+    (0, math.inf, "clip_grad mixup cutmix workers"),
+    (0, 2**31, "seed"),
     (0, 1, "reprob smoothing model_ema_decay"),
     (0, 0.99, "drop_path"),
     (1e-6, 1, "pos_std"),
@@ -111,93 +110,98 @@ def make_parser() -> argparse.ArgumentParser:
     add = parser.add_argument_group("data (defaults in brackets)").add_argument
     names = f"{', '.join(DATASETS)} [%(default)s]"
     add("--dataset", choices=DATASETS, default="shapes", metavar="NAME", help=names)
-    add("--data-dir", type=path, default="data", help="with datasets [%(default)s]")
-    train_size = "train on N images, as many of each class [all]"
-    add("--train-size", type=int, metavar="N", help=train_size)
+    add("--data-dir", type=path, default="data", help="of the datasets [%(default)s]")
+    add("--train-size", type=int, help="number of images, balanced over classes [all]")
     add("--img-size", type=int, help="side of the images in pixels [%(default)s]")
-    crop = "a random area; the whole image, shifted by up to an eighth; or unshifted "
-    crop += "[whole for shapes, else padded up to 32 pixels, else resized]"
+    crop = "random resized crop; random crop of the padded image; or none "
+    crop += "[whole for shapes, padded up to 32 pixels, else resized]"
     add("--crop", choices=("resized", "padded", "whole"), help=crop)
     aa = ("none", *(f"rand-m{magnitude}" for magnitude in range(1, 11)))
     add("--aa", choices=aa, metavar="rand-mM", help="RandAugment or none [%(default)s]")
     add("--reprob", type=float, help="probability of random erasing [%(default)s]")
-    add("--mixup", type=float, help="alpha of mixup; 0 is off [%(default)s]")
-    add("--cutmix", type=float, help="alpha of cutmix; 0 is off [%(default)s]")
-    workers = "processes that load images [0 on a CPU, else the cores, 16 at most]"
+    add("--mixup", type=float, help="alpha of mixup, 0 is off [%(default)s]")
+    add("--cutmix", type=float, help="alpha of cutmix, 0 is off [%(default)s]")
+    workers = "loader processes [0 on a CPU, else one per core, at most 16]"
     add("--workers", type=int, help=workers)
 
     add = parser.add_argument_group("model").add_argument
     add("--model", choices=MODELS, help="[%(default)s]")
     add("--patch-size", type=int, help="side of the patches in pixels [%(default)s]")
-    pool = (
-        "classify the CLS token, or the mean patch of a ViT without one [%(default)s]"
-    )
+    pool = "classify the CLS token, or the mean of the patches [%(default)s]"
     add("--pool", choices=("cls", "mean"), default="cls", help=pool)
-    pos_std = "standard deviation of the initial position embedding [%(default)s]"
+    pos_std = "of the initial position embedding [%(default)s]"
     add("--pos-std", type=float, default=0.02, help=pos_std)
     add("--drop-path", type=float, help="stochastic depth [%(default)s]")
-    finetune = "start from weights of timm, DeiT, DINO or a run; the warm-up is then "
-    finetune += "3 epochs at most, if it is not given"
+    finetune = (
+        "start from weights of timm, DeiT, DINO or a run; --warmup-epochs is then "
+    )
+    finetune += "3 at most by default"
     add("--finetune", type=path, metavar="FILE", help=finetune)
 
     add = parser.add_argument_group("SAR").add_argument
-    sar_lambda = "weight of the spatial entropy; 0 is the plain ViT [%(default)s]"
+    sar_lambda = "weight of the spatial entropy, 0 is the plain ViT [%(default)s]"
     add("--sar-lambda", type=float, help=sar_lambda)
-    form = "lambda rises for 10 epochs, or half of a shorter run, and falls to 0 by a "
-    form += "cosine; or it is constant [%(default)s]"
-    add("--sar-schedule", choices=("cosine", "constant"), default="cosine", help=form)
-    last_skip = "skip connection around the last attention, and LayerNorm after it "
-    last_skip += "[removed, as in the paper, unless lambda is 0]"
+    shape = (
+        "of lambda: rises for 10 epochs (at most half of the run), then falls to 0; "
+    )
+    shape += "or constant [%(default)s]"
+    add("--sar-schedule", choices=("cosine", "constant"), default="cosine", help=shape)
+    last_skip = (
+        "skip connection around the last attention, and LayerNorm after it [only "
+    )
+    last_skip += "if lambda is 0, as in the paper]"
     add("--last-skip", action=switch, help=last_skip)
 
     add = parser.add_argument_group("optimization").add_argument
     add("--epochs", type=int, help="[%(default)s]")
-    add("--batch-size", type=int, help="images of a step, per process [%(default)s]")
-    add("--lr", type=float, help="peak, for steps of 512 images [%(default)s]")
+    add("--batch-size", type=int, help="images per step and process [%(default)s]")
+    add("--lr", type=float, help="peak, per 512 images of a step [%(default)s]")
     add("--min-lr", type=float, default=1e-5, help="at the end [%(default)s]")
     add("--warmup-lr", type=float, default=1e-6, help="at the start [%(default)s]")
-    warmup = "of linear warm-up; half of the run at most [%(default)s]"
+    warmup = "of linear warm-up, at most half of the run [%(default)s]"
     add("--warmup-epochs", type=float, help=warmup)
-    weight_decay = "of weight matrices alone [%(default)s]"
-    add("--weight-decay", type=float, default=0.05, help=weight_decay)
-    clip_grad = "clip the gradient to this norm; 0 is off [%(default)s]"
+    decay = "of weight matrices only [%(default)s]"
+    add("--weight-decay", type=float, default=0.05, help=decay)
+    clip_grad = "maximum norm of the gradient, 0 is off [%(default)s]"
     add("--clip-grad", type=float, default=0.0, help=clip_grad)
     add("--smoothing", type=float, help="label smoothing [%(default)s]")
-    ema = "also evaluate an EMA of the weights [%(default)s]"
-    add("--model-ema", action=switch, help=ema)
-    decay = "of the EMA, per step [%(default)s]"
-    add("--model-ema-decay", type=float, default=0.99996, help=decay)
+    add("--model-ema", action=switch, help="evaluate an EMA too [%(default)s]")
+    ema_decay = "of the EMA, per step [%(default)s]"
+    add("--model-ema-decay", type=float, default=0.99996, help=ema_decay)
 
     add = parser.add_argument_group("run").add_argument
     add(
         "-h", "--help", action="store_true", help="show this, with --dataset's defaults"
     )
-    output_dir = "[runs/ with dataset, model, lambda and seed]"
+    output_dir = "[runs/ and the dataset, model, lambda and seed]"
     add("--output-dir", type=path, help=output_dir)
-    resume = "continue a run; its settings stay, but for --device, --workers, "
-    resume += "--data-dir and --compile"
+    resume = (
+        "continue a run with its settings; only --device, --workers, --data-dir and "
+    )
+    resume += "--compile may be given with it"
     add("--resume", type=path, metavar="RUN_DIR", help=resume)
-    seed = "on a CPU the same seed gives the same weights [%(default)s]"
+    seed = "on a CPU, the same seed gives the same weights [%(default)s]"
     add("--seed", type=int, default=0, help=seed)
-    add("--device", help="cuda, mps or cpu [the first that is there]")
-    add("--amp", action=switch, help="bfloat16 [on GPUs of CUDA that have it]")
-    interval = "test after every N epochs, and after the last [%(default)s]"
-    add("--val-interval", type=int, metavar="N", default=1, help=interval)
-    add("--compile", action="store_true", help="torch.compile model and loss [off]")
+    add("--device", help="cuda, mps or cpu [the first available]")
+    add("--amp", action=switch, help="bfloat16 [on CUDA GPUs that support it]")
+    interval = "epochs between tests; the last is tested too [%(default)s]"
+    add("--val-interval", type=int, default=1, help=interval)
+    compile_help = "torch.compile model and loss [%(default)s]"
+    add("--compile", action=switch, default=False, help=compile_help)
     parser.set_defaults(**RECIPES["shapes"])
     return parser
 
 
 def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """Parse twice: the dataset decides the defaults."""
+    """Parse once for the dataset or run that decides the defaults, and once more."""
     parser = make_parser()
     args = parser.parse_args(arguments)
-    if args.resume:
-        return settings_of_run(parser, arguments)
-    parser.set_defaults(**RECIPES[args.dataset])
-    if args.finetune:
-        warmup = min(RECIPES[args.dataset]["warmup_epochs"], FINETUNE_WARMUP_EPOCHS)
-        parser.set_defaults(warmup_epochs=warmup)
+    defaults = dict(RECIPES[args.dataset])
+    if args.resume is not None:
+        defaults = settings_of_run(parser, args.resume, arguments)
+    elif args.finetune:
+        defaults["warmup_epochs"] = min(defaults["warmup_epochs"], 3.0)
+    parser.set_defaults(**defaults)
     args = parser.parse_args(arguments)
     if args.help:
         parser.print_help()
@@ -209,6 +213,8 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
                 upper = f" and at most {high}" if high < math.inf else ""
                 option = f"--{name.replace('_', '-')}"
                 parser.error(f"{option} must be at least {low}{upper}, not {value}")
+    if args.finetune and args.resume is None and not os.path.isfile(args.finetune):
+        parser.error(f"no checkpoint at {args.finetune}")
     if args.crop is None:  # the authors' rule
         args.crop = "padded" if args.img_size <= 32 else "resized"
     if args.last_skip is None:
@@ -220,24 +226,21 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def settings_of_run(
-    parser: argparse.ArgumentParser, arguments: Sequence[str] | None
-) -> argparse.Namespace:
-    """Take the settings for --resume from the first line of the run's log."""
+    parser: argparse.ArgumentParser, folder: str, arguments: Sequence[str] | None
+) -> dict:
+    """Read the settings of a run from the first line of its log."""
     parser.set_defaults(**dict.fromkeys(vars(parser.parse_args([]))))
-    args = parser.parse_args(arguments)  # what is not given is None
-    given = {name: value for name, value in vars(args).items() if value is not None}
-    folder = given.pop("resume")
-    if others := given.keys() - MAY_CHANGE:
+    args = vars(parser.parse_args(arguments))  # None where nothing is given
+    given = {name for name in args if args[name] is not None}
+    if others := given - MAY_CHANGE - NO_SETTINGS:
         option = f"--{min(others).replace('_', '-')}"
-        parser.error(f"a run is resumed with its own settings, without {option}")
-    log = os.path.join(folder, "log.jsonl")
+        parser.error(f"--resume continues a run with its settings, without {option}")
     try:
-        with open(log) as file:
+        with open(os.path.join(folder, "log.jsonl")) as file:
             settings = json.loads(file.readline())
-    except (OSError, ValueError) as error:
-        parser.error(f"{folder} holds no run to resume: {error}")
-    given |= {"resume": folder, "output_dir": folder}
-    return argparse.Namespace(**vars(args) | settings | given)
+        return {**settings, "world_size": settings["world_size"], "output_dir": folder}
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        parser.error(f"{folder!r} holds no run to resume ({error})")
 
 
 # ------------------------------------------------------------------ schedules and loss
@@ -276,26 +279,27 @@ def rates(step: int, total: int, args: argparse.Namespace) -> tuple[float, float
 
 def losses(
     model: Callable,
+    regularizer: Callable,
     images: torch.Tensor,
     target: torch.Tensor,
-    *,
-    sar_lambda: float | None,
-    smoothing: float = 0.0,
-    amp: bool = False,
-    regularizer: Callable = spatial_entropy,
+    sar_lambda: float,
+    args: argparse.Namespace,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The loss of equation (6), and without gradients its terms for the log; scalars.
+    """Return the loss of equation (6), and its two terms without gradients; scalars.
 
-    `images` is float (B, 3, H, W); `target` class indices, int64 (B,), or probabilities,
-    float (B, classes). `sar_lambda` None trains the plain ViT, and measures the entropy
-    without a gradient. `regularizer` is `spatial_entropy`, or it compiled.
+    `model` maps images, float (B, 3, H, W), to logits and similarity. `regularizer` is
+    `spatial_entropy`, maybe compiled. `target` holds class indices, int64 (B,), or
+    probabilities, float (B, classes). `sar_lambda` is the weight at this step.
     """
-    with torch.autocast(images.device.type, torch.bfloat16, enabled=amp):
+    with torch.autocast(images.device.type, torch.bfloat16, enabled=args.amp):
         logits, similarity = model(images)
-    cross_entropy = F.cross_entropy(logits.float(), target, label_smoothing=smoothing)
-    plain = sar_lambda is None
-    entropy = regularizer(similarity.detach() if plain else similarity)
-    loss = cross_entropy if plain else cross_entropy + sar_lambda * entropy
+    logits = logits.float()
+    cross_entropy = F.cross_entropy(logits, target, label_smoothing=args.smoothing)
+    if args.sar_lambda == 0:  # the plain ViT: the entropy is only measured
+        entropy, loss = regularizer(similarity.detach()), cross_entropy
+    else:
+        entropy = regularizer(similarity)
+        loss = cross_entropy + sar_lambda * entropy
     return loss, cross_entropy.detach(), entropy.detach()
 
 
@@ -325,7 +329,7 @@ def train_one_epoch(
     """Train for an epoch, 0 to args.epochs - 1, and return its line of the log.
 
     `prepare` brings a batch to the device and mixes it; `losses_of` is `losses` with the
-    model and its options. Raise FloatingPointError if a loss is not finite.
+    model, maybe compiled. Raise FloatingPointError if the loss is not finite.
     """
     # All randomness follows from the seed and the epoch, so that a resumed run is the
     # same as one that was never stopped. Each batch of each process has its own seed.
@@ -333,21 +337,20 @@ def train_one_epoch(
     loader.sampler.epoch_seed = epoch_seed
     generator = torch.Generator().manual_seed(epoch_seed)
     seeds = torch.randint(2**62, (len(loader), args.world_size), generator=generator)
+    seeds = seeds[:, args.rank].tolist()
     steps, total = len(loader), args.epochs * len(loader)
     update_ema = get_ema_multi_avg_fn(args.model_ema_decay)
-    terminal = sys.stdout.isatty()
+    interval = 0.5 if sys.stdout.isatty() else 60  # seconds between progress lines
     model.train()
     sums = 0  # of both terms of the loss
     start = shown = time.perf_counter()
-    for step, (images, labels) in enumerate(loader, start=1):
-        done = epoch * steps + step
-        lr, sar_lambda = rates(done - 1, total, args)
+    for step, (images, labels) in enumerate(loader):
+        lr, sar_lambda = rates(epoch * steps + step, total, args)
         for group in optimizer.param_groups:
             group["lr"] = lr
-        torch.manual_seed(seeds[step - 1, args.rank].item())
+        torch.manual_seed(seeds[step])
         images, target = prepare(images, labels)
-        weight = sar_lambda if args.sar_lambda else None
-        loss, *terms = losses_of(images, target, sar_lambda=weight)
+        loss, *terms = losses_of(images, target, sar_lambda, args)
         optimizer.zero_grad()
         loss.backward()
         if args.clip_grad:
@@ -356,45 +359,48 @@ def train_one_epoch(
         if ema:
             update_ema(list(ema.parameters()), list(model.parameters()), None)
         sums = sums + torch.stack(terms)
-        if step < steps and time.perf_counter() - shown < (0.5 if terminal else 60):
+        now, last = time.perf_counter(), step + 1 == steps
+        if not last and now - shown < interval:
             continue
-        # Only here does the host wait for the device.
-        if step == steps and args.world_size > 1:
+        # The only synchronization of host and device.
+        shown = now
+        if last and args.world_size > 1:
             dist.all_reduce(sums)
             sums /= args.world_size
-        train_loss, train_entropy = (sums / step).tolist()
-        shown = time.perf_counter()
-        line = {
-            "epoch": epoch + 1,
-            "train_loss": train_loss,
-            "train_entropy": train_entropy,
-            "lr": lr,
-            "sar_lambda": sar_lambda,
-            "images_per_second": step * args.global_batch / (shown - start),
-        }
+        train_loss, train_entropy = (sums / (step + 1)).tolist()
         if not math.isfinite(train_loss + train_entropy):
             raise FloatingPointError(
-                f"no finite loss by step {step} of epoch {epoch + 1}: cross-entropy "
+                f"no finite loss by step {step + 1} of epoch {epoch + 1}: cross-entropy "
                 f"{train_loss}, spatial entropy {train_entropy}, learning rate {lr:g}"
             )
-        if step < steps:
-            left = (shown - start) / step * (total - done)
-            say(
-                f"{step / steps:4.0%} of {summary(line, left, args)}",
-                stays=not terminal,
+        if not last:
+            left = (now - start) / (step + 1) * (total - epoch * steps - step - 1)
+            line = (
+                f"{(step + 1) / steps:4.0%} of epoch {epoch + 1}/{args.epochs}  loss "
             )
-    return line
+            line += (
+                f"{train_loss:.3f}  entropy {train_entropy:.3f}  {duration(left)} left"
+            )
+            say(line, stays=interval == 60)
+    return {
+        "epoch": epoch + 1,
+        "train_loss": train_loss,
+        "train_entropy": train_entropy,
+        "lr": lr,
+        "sar_lambda": sar_lambda,
+        "images_per_second": steps * args.global_batch / (time.perf_counter() - start),
+    }
 
 
-def summary(line: dict, seconds_left: float, args: argparse.Namespace) -> str:
-    """What people see of a line of the log."""
+def summary(line: dict, args: argparse.Namespace) -> str:
+    """Format an epoch's line of the log for people."""
     text = f"epoch {line['epoch']}/{args.epochs}  loss {line['train_loss']:.3f}  "
     text += f"entropy {line['train_entropy']:.3f}  "
     if "test_acc1" in line:
         text += f"test {line['test_acc1']:.2f} %  "
     if "test_acc1_ema" in line:
         text += f"EMA {line['test_acc1_ema']:.2f} %  "
-    return f"{text}{timedelta(seconds=round(seconds_left))} left"
+    return f"{text}{duration(line['seconds'] * (args.epochs - line['epoch']))} left"
 
 
 def write(file: Path, content: bytes) -> None:
@@ -412,7 +418,7 @@ def write(file: Path, content: bytes) -> None:
 
 
 def save(folder: Path, checkpoint: dict) -> None:
-    """Write checkpoint.pt and log.jsonl; a full disk leaves the last ones."""
+    """Write checkpoint.pt, then log.jsonl. If the disk is full, the last ones remain."""
     buffer = io.BytesIO()
     torch.save(checkpoint, buffer)
     write(folder / "checkpoint.pt", buffer.getbuffer())
@@ -438,7 +444,10 @@ def set_up(args: argparse.Namespace) -> torch.device:
     if args.rank > 0:
         sys.stdout = io.StringIO()  # print on rank 0 only
     if args.resume and args.world_size != world_size:
-        raise ValueError(f"{args.resume} is a run of {args.world_size} processes")
+        raise ValueError(
+            f"{args.resume} is a run of {args.world_size} processes, not {world_size}; "
+            "resume it with torchrun and as many"
+        )
     args.device, args.world_size = args.device or device.type, world_size
     args.global_batch = args.batch_size * world_size
     args.peak_lr = args.lr * args.global_batch / 512  # arXiv 1706.02677
@@ -476,30 +485,35 @@ def make_loaders(
     return train_loader, test_loader, classes
 
 
-def new_run(
-    args: argparse.Namespace,
-    device: torch.device,
-    classes: list[str],
-    weights: Mapping | None,
+def open_run(
+    args: argparse.Namespace, device: torch.device, classes: list[str]
 ) -> tuple[VisionTransformer, dict]:
-    """Make the model and what its checkpoints will hold, and start the log."""
+    """Return model and checkpoint: those of the run to resume, or new ones."""
+    file = Path(args.output_dir, "checkpoint.pt")
+    if args.resume is not None and file.exists():
+        model, checkpoint = load_run(file)
+        if checkpoint["classes"] != classes:
+            raise ValueError(f"{args.resume} was trained on other classes")
+        return model, checkpoint
     names = ("img_size", "patch_size", "pos_std", "drop_path", "last_skip", "pool")
     architecture = {name: getattr(args, name) for name in names}
     architecture |= MODELS[args.model] | {"num_classes": len(classes)}
     torch.manual_seed(args.seed)
     model = VisionTransformer(**architecture)
-    if weights:
-        say(load_weights(model, weights, args.finetune))
+    if args.finetune:
+        say(load_weights(model, args.finetune))
     settings = {k: v for k, v in vars(args).items() if k not in NO_SETTINGS} | {
         "torch": str(torch.__version__),
         "torchvision": str(torchvision.__version__),
         "python": platform.python_version(),
         "hardware": hardware(device),
     }
-    if not args.resume and args.rank == 0:
-        os.makedirs(args.output_dir, exist_ok=True)
-        with open(os.path.join(args.output_dir, "log.jsonl"), "x") as file:
-            file.write(json.dumps(settings) + "\n")
+    if args.resume is None and args.rank == 0:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        log = file.with_name("log.jsonl")
+        with log.open("x") as opened:  # fails if another run was faster
+            args.new_log = log
+            opened.write(json.dumps(settings) + "\n")
     checkpoint = {"epoch": 0, "settings": settings, "log": [settings]}  # epochs done
     return model, checkpoint | {"architecture": architecture, "classes": classes}
 
@@ -512,42 +526,30 @@ def train(args: argparse.Namespace) -> None:
         FloatingPointError: a loss is not finite; the last good checkpoint stays.
     """
     device, folder = set_up(args), Path(args.output_dir)
-    file, log = folder / "checkpoint.pt", folder / "log.jsonl"
-    if not args.resume and (file.exists() or log.exists()):
+    used = any((folder / name).exists() for name in ("checkpoint.pt", "log.jsonl"))
+    if args.resume is None and used:
         raise ValueError(
-            f"{folder} holds a run: --resume {shlex.quote(args.output_dir)} continues "
-            "it, another --output-dir starts a new one"
+            f"{folder} already contains a run; use --resume "
+            f"{shlex.quote(args.output_dir)} or another --output-dir"
         )
-    model = checkpoint = weights = None
-    if args.resume and file.exists():
-        model, checkpoint = load_run(file)
-    elif args.finetune:
-        weights = read_checkpoint(args.finetune)
     train_loader, test_loader, classes = make_loaders(args, device)
-    if checkpoint is None:
-        model, checkpoint = new_run(args, device, classes, weights)
-    elif checkpoint["classes"] != classes:
-        raise ValueError(f"{folder} is a run with other classes")
+    model, checkpoint = open_run(args, device, classes)
     millions = sum(parameter.numel() for parameter in model.parameters()) / 1e6
     grid, skip = "x".join(map(str, model.grid)), "kept" if args.last_skip else "removed"
     say(f"{args.model}: {millions:.2f} M parameters, {grid} patches, last skip {skip}")
     rule = f"{args.lr:g} * {args.global_batch} / 512 = {args.peak_lr:.3g}"
     say(f"learning rate {rule}, lambda {args.sar_lambda:g}")
     say(f"{hardware(device)}, {'bfloat16' if args.amp else 'float32'}")
-    say(f"{checkpoint['epoch']} of {args.epochs} epochs are done in {folder}")
+    say(f"{checkpoint['epoch']} of {args.epochs} epochs done; writing to {folder}")
 
     model.to(device)
-    compiled = partial(torch.compile, fullgraph=True) if args.compile else lambda f: f
-    forward = compiled(model)
+    forward, regularizer = model, spatial_entropy
+    if args.compile:
+        forward = torch.compile(model, fullgraph=True)
+        regularizer = torch.compile(spatial_entropy, fullgraph=True)
     if args.world_size > 1:
         forward = DistributedDataParallel(forward)  # averages gradients
-    losses_of = partial(
-        losses,
-        forward,
-        smoothing=args.smoothing,
-        amp=args.amp,
-        regularizer=compiled(spatial_entropy),
-    )
+    losses_of = partial(losses, forward, regularizer)
     optimizer = make_optimizer(model, args.weight_decay)
     ema = copy.deepcopy(model).requires_grad_(False) if args.model_ema else None
     if checkpoint["epoch"]:
@@ -555,7 +557,7 @@ def train(args: argparse.Namespace) -> None:
         if ema:
             ema.load_state_dict(checkpoint["model_ema"])
         if args.rank == 0:
-            write_log(folder, checkpoint)  # the run may have ended before its last line
+            write_log(folder, checkpoint)  # a kill may have come before its last line
     source = DATASETS[args.dataset]
     normalize = normalizer(source.mean, source.std, device)
     mix = make_mix(args.mixup, args.cutmix, len(classes))
@@ -578,10 +580,10 @@ def train(args: argparse.Namespace) -> None:
         finite = all(weight.isfinite().all() for weight in model.parameters())
         if not finite or not math.isfinite(line.get("test_loss", 0)):
             raise FloatingPointError(
-                f"the weights of epoch {epoch + 1} are not finite, or their test loss is "
-                f"not: {line.get('test_loss')}, learning rate {line['lr']:g}"
+                f"no finite weights or test loss after epoch {epoch + 1}: test "
+                f"cross-entropy {line.get('test_loss')}, learning rate {line['lr']:g}"
             )
-        seconds = line["seconds"] = time.perf_counter() - start
+        line["seconds"] = time.perf_counter() - start
         checkpoint |= {
             "epoch": epoch + 1,
             "model": model.state_dict(),
@@ -592,7 +594,7 @@ def train(args: argparse.Namespace) -> None:
             checkpoint["model_ema"] = ema.state_dict()
         if args.rank == 0:
             save(folder, checkpoint)
-        say(summary(line, seconds * (args.epochs - epoch - 1), args))
+        say(summary(line, args))
     if dist.is_initialized():
         dist.destroy_process_group()
     file = shlex.quote(os.path.join(args.output_dir, "checkpoint.pt"))
@@ -600,22 +602,20 @@ def train(args: argparse.Namespace) -> None:
 
 
 def stop(args: argparse.Namespace, number: int, _: object) -> None:
-    """End at once on Ctrl-C or SIGTERM: a run's files are whole at any instant.
+    """Exit at once on Ctrl-C or SIGTERM. Files are written atomically, so this is safe.
 
-    An exception in its place could get lost, as while a worker is forked.
+    An exception could get lost, as while a worker is forked.
     """
     if multiprocessing.parent_process():
-        return  # a worker: its parent ends it
-    if hasattr(signal, "SIGCHLD"):  # not on Windows
-        signal.signal(
-            signal.SIGCHLD, lambda *_: None
-        )  # so workers end without an error
+        return  # a worker, which the main process ends
+    if hasattr(
+        signal, "SIGCHLD"
+    ):  # ignore that workers end; Windows has no such signal
+        signal.signal(signal.SIGCHLD, lambda *_: None)
     try:
         started = os.path.exists(os.path.join(args.output_dir, "log.jsonl"))
-        resume = (
-            f"; to continue: python train.py --resume {shlex.quote(args.output_dir)}"
-        )
-        say(f"stopped{resume if started else ''}")
+        hint = f"; continue with --resume {shlex.quote(args.output_dir)}"
+        say(f"stopped{hint if started else ''}")
     finally:
         for worker in multiprocessing.active_children():
             worker.kill()
@@ -630,8 +630,11 @@ def main() -> None:
         train(args)
     except (OSError, ValueError, FloatingPointError) as error:
         say("", stays=False)
-        # The last line: an error of a worker starts with the worker's traceback.
-        reason = str(error).strip().splitlines()[-1].removeprefix("OSError: ")
+        if "new_log" in args and not Path(args.output_dir, "checkpoint.pt").exists():
+            args.new_log.unlink()  # leave nothing of a run that fails in its first epoch
+        # Of a worker's error, which starts with a traceback, take the last line.
+        reason = (str(error).strip() or repr(error)).splitlines()[-1]
+        reason = reason.removeprefix("OSError: ")
         print(f"train.py: error: {reason}", file=sys.stderr)
         sys.exit(2)
 
