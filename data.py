@@ -251,7 +251,7 @@ def _read_folder(name: str, source: Source, data_dir: Path, part: str) -> Images
     if name == "folder" and folder != train and not (folder.is_dir() or train.is_dir()):
         folder = data_dir  # class folders alone, to evaluate
     if not folder.is_dir():
-        raise _missing(name, source, f"there is no {folder}, for <class>/<image>")
+        raise _missing(name, source, f"there is no {folder} with class folders")
     classes = list_classes(train if train.is_dir() else folder)
     images = read_classes(folder, classes)
     counts = images.targets.bincount(minlength=len(classes))
@@ -259,7 +259,7 @@ def _read_folder(name: str, source: Source, data_dir: Path, part: str) -> Images
     if empty and folder == train:
         raise ValueError(f"{folder} has no images of {_some(empty)}")
     if empty:
-        print(f"{folder} has no images of {_some(empty)}", flush=True)
+        print(f"note: {folder} has no images of {_some(empty)}", flush=True)
     return images
 
 

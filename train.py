@@ -49,7 +49,7 @@ from data import (
     train_transform,
 )
 from entropy import spatial_entropy
-from eval import choose_device, duration, evaluate, hardware, say
+from eval import choose_device, evaluate, hardware, say
 from model import (
     MODELS,
     VisionTransformer,
@@ -110,11 +110,16 @@ def make_parser() -> argparse.ArgumentParser:
     add = parser.add_argument_group("data (defaults in brackets)").add_argument
     names = f"{', '.join(DATASETS)} [%(default)s]"
     add("--dataset", choices=DATASETS, default="shapes", metavar="NAME", help=names)
-    add("--data-dir", type=path, default="data", help="of the datasets [%(default)s]")
+    add(
+        "--data-dir",
+        type=path,
+        default="data",
+        help="folder of the datasets [%(default)s]",
+    )
     add("--train-size", type=int, help="number of images, balanced over classes [all]")
     add("--img-size", type=int, help="side of the images in pixels [%(default)s]")
-    crop = "random resized crop; random crop of the padded image; or none "
-    crop += "[whole for shapes, padded up to 32 pixels, else resized]"
+    crop = "a random area; the whole image, shifted by up to an eighth; or unshifted "
+    crop += "[whole for shapes, else padded up to 32 pixels, else resized]"
     add("--crop", choices=("resized", "padded", "whole"), help=crop)
     aa = ("none", *(f"rand-m{magnitude}" for magnitude in range(1, 11)))
     add("--aa", choices=aa, metavar="rand-mM", help="RandAugment or none [%(default)s]")
@@ -127,46 +132,44 @@ def make_parser() -> argparse.ArgumentParser:
     add = parser.add_argument_group("model").add_argument
     add("--model", choices=MODELS, help="[%(default)s]")
     add("--patch-size", type=int, help="side of the patches in pixels [%(default)s]")
-    pool = "classify the CLS token, or the mean of the patches [%(default)s]"
+    pool = "classify the CLS token, or, without one, the mean patch [%(default)s]"
     add("--pool", choices=("cls", "mean"), default="cls", help=pool)
-    pos_std = "of the initial position embedding [%(default)s]"
+    pos_std = "standard deviation of the initial position embedding [%(default)s]"
     add("--pos-std", type=float, default=0.02, help=pos_std)
-    add("--drop-path", type=float, help="stochastic depth [%(default)s]")
-    finetune = (
-        "start from weights of timm, DeiT, DINO or a run; --warmup-epochs is then "
-    )
-    finetune += "3 at most by default"
+    add("--drop-path", type=float, help="probability of skipping a block [%(default)s]")
+    finetune = "start from weights of timm, DeiT, DINO or a run; the default of "
+    finetune += "--warmup-epochs is then 3 at most"
     add("--finetune", type=path, metavar="FILE", help=finetune)
 
     add = parser.add_argument_group("SAR").add_argument
     sar_lambda = "weight of the spatial entropy, 0 is the plain ViT [%(default)s]"
     add("--sar-lambda", type=float, help=sar_lambda)
-    shape = (
-        "of lambda: rises for 10 epochs (at most half of the run), then falls to 0; "
-    )
-    shape += "or constant [%(default)s]"
+    shape = "lambda rises for 10 epochs (at most half of the run), then falls to 0; or "
+    shape += "it is constant [%(default)s]"
     add("--sar-schedule", choices=("cosine", "constant"), default="cosine", help=shape)
-    last_skip = (
-        "skip connection around the last attention, and LayerNorm after it [only "
-    )
-    last_skip += "if lambda is 0, as in the paper]"
+    last_skip = "keep the skip connection around the last attention and the LayerNorm "
+    last_skip += "after it [only if lambda is 0, as in the paper]"
     add("--last-skip", action=switch, help=last_skip)
 
     add = parser.add_argument_group("optimization").add_argument
-    add("--epochs", type=int, help="[%(default)s]")
+    add("--epochs", type=int, help="passes over the training images [%(default)s]")
     add("--batch-size", type=int, help="images per step and process [%(default)s]")
-    add("--lr", type=float, help="peak, per 512 images of a step [%(default)s]")
-    add("--min-lr", type=float, default=1e-5, help="at the end [%(default)s]")
-    add("--warmup-lr", type=float, default=1e-6, help="at the start [%(default)s]")
-    warmup = "of linear warm-up, at most half of the run [%(default)s]"
+    add("--lr", type=float, help="peak learning rate, per 512 images [%(default)s]")
+    add("--min-lr", type=float, default=1e-5, help="the last one [%(default)s]")
+    add("--warmup-lr", type=float, default=1e-6, help="the first one [%(default)s]")
+    warmup = "epochs of linear warm-up, at most half of the run [%(default)s]"
     add("--warmup-epochs", type=float, help=warmup)
-    decay = "of weight matrices only [%(default)s]"
+    decay = "weight decay, of weight matrices only [%(default)s]"
     add("--weight-decay", type=float, default=0.05, help=decay)
     clip_grad = "maximum norm of the gradient, 0 is off [%(default)s]"
     add("--clip-grad", type=float, default=0.0, help=clip_grad)
     add("--smoothing", type=float, help="label smoothing [%(default)s]")
-    add("--model-ema", action=switch, help="evaluate an EMA too [%(default)s]")
-    ema_decay = "of the EMA, per step [%(default)s]"
+    add(
+        "--model-ema",
+        action=switch,
+        help="also evaluate averaged weights [%(default)s]",
+    )
+    ema_decay = "of that moving average, per step [%(default)s]"
     add("--model-ema-decay", type=float, default=0.99996, help=ema_decay)
 
     add = parser.add_argument_group("run").add_argument
@@ -175,10 +178,8 @@ def make_parser() -> argparse.ArgumentParser:
     )
     output_dir = "[runs/ and the dataset, model, lambda and seed]"
     add("--output-dir", type=path, help=output_dir)
-    resume = (
-        "continue a run with its settings; only --device, --workers, --data-dir and "
-    )
-    resume += "--compile may be given with it"
+    resume = "continue a run with its settings; only --device, --workers, --data-dir "
+    resume += "and --compile may be given with it"
     add("--resume", type=path, metavar="RUN_DIR", help=resume)
     seed = "on a CPU, the same seed gives the same weights [%(default)s]"
     add("--seed", type=int, default=0, help=seed)
@@ -234,7 +235,11 @@ def settings_of_run(
     given = {name for name in args if args[name] is not None}
     if others := given - MAY_CHANGE - NO_SETTINGS:
         option = f"--{min(others).replace('_', '-')}"
-        parser.error(f"--resume continues a run with its settings, without {option}")
+        allowed = ", ".join(sorted(MAY_CHANGE)).replace("_", "-")
+        parser.error(
+            f"--resume continues a run with its settings, without {option}; only these "
+            f"may change: {allowed}"
+        )
     try:
         with open(os.path.join(folder, "log.jsonl")) as file:
             settings = json.loads(file.readline())
@@ -340,7 +345,8 @@ def train_one_epoch(
     seeds = seeds[:, args.rank].tolist()
     steps, total = len(loader), args.epochs * len(loader)
     update_ema = get_ema_multi_avg_fn(args.model_ema_decay)
-    interval = 0.5 if sys.stdout.isatty() else 60  # seconds between progress lines
+    stays = not sys.stdout.isatty()
+    interval = 60 if stays else 0.5  # seconds between progress lines
     model.train()
     sums = 0  # of both terms of the loss
     start = shown = time.perf_counter()
@@ -375,13 +381,12 @@ def train_one_epoch(
             )
         if not last:
             left = (now - start) / (step + 1) * (total - epoch * steps - step - 1)
-            line = (
-                f"{(step + 1) / steps:4.0%} of epoch {epoch + 1}/{args.epochs}  loss "
+            share, left = (step + 1) / steps, timedelta(seconds=round(left))
+            line = f"{share:4.0%} of epoch {epoch + 1}/{args.epochs}  loss "
+            say(
+                f"{line}{train_loss:.3f}  entropy {train_entropy:.3f}  {left} left",
+                stays,
             )
-            line += (
-                f"{train_loss:.3f}  entropy {train_entropy:.3f}  {duration(left)} left"
-            )
-            say(line, stays=interval == 60)
     return {
         "epoch": epoch + 1,
         "train_loss": train_loss,
@@ -400,7 +405,8 @@ def summary(line: dict, args: argparse.Namespace) -> str:
         text += f"test {line['test_acc1']:.2f} %  "
     if "test_acc1_ema" in line:
         text += f"EMA {line['test_acc1_ema']:.2f} %  "
-    return f"{text}{duration(line['seconds'] * (args.epochs - line['epoch']))} left"
+    left = round(line["seconds"] * (args.epochs - line["epoch"]))
+    return f"{text}{timedelta(seconds=left)} left"
 
 
 def write(file: Path, content: bytes) -> None:
@@ -511,7 +517,7 @@ def open_run(
     if args.resume is None and args.rank == 0:
         file.parent.mkdir(parents=True, exist_ok=True)
         log = file.with_name("log.jsonl")
-        with log.open("x") as opened:  # fails if another run was faster
+        with log.open("x") as opened:  # fails if another run has just begun here
             args.new_log = log
             opened.write(json.dumps(settings) + "\n")
     checkpoint = {"epoch": 0, "settings": settings, "log": [settings]}  # epochs done
