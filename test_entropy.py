@@ -1448,9 +1448,7 @@ def test_lambda_zero_is_the_plain_vit() -> None:
 
     def losses(sar_lambda: float) -> tuple:
         args = argparse.Namespace(amp=False, smoothing=0.1, sar_lambda=sar_lambda)
-        loss, *terms = train.losses(
-            model, spatial_entropy, images, target, sar_lambda / 2, args
-        )
+        loss, *terms = train.losses(model, spatial_entropy, images, target, 0.25, args)
         return loss, *terms, torch.autograd.grad(loss, tuple(model.parameters()))
 
     loss, cross_entropy, entropy, gradients = losses(0)
@@ -1677,6 +1675,16 @@ def test_what_resume_takes(tiny, tmp_path, monkeypatch, capsys) -> None:
         monkeypatch.setattr(urllib.request, "urlopen", no_network)
         assert run(monkeypatch, f"{again} {options}") == 2
         assert message in capsys.readouterr().err
+    file, log = folder / "checkpoint.pt", folder / "log.jsonl"
+    before, saved = log.read_text(), torch.load(file, weights_only=True)
+    log.write_text(before.replace('"world_size": 1', '"world_size": 2'))
+    assert run(monkeypatch, again) == 2
+    assert "is a run of 2 processes, not 1" in capsys.readouterr().err
+    log.write_text(before)
+    torch.save(saved | {"classes": ["cat", "dog"]}, file)
+    assert run(monkeypatch, again) == 2
+    assert "was trained on other classes" in capsys.readouterr().err
+    torch.save(saved, file)
     moved = folder.rename(tmp_path / "moved")
     assert run(monkeypatch, again) == 2
     assert f"'{folder}' holds no run to resume" in capsys.readouterr().err
@@ -1698,6 +1706,8 @@ def test_neither_workers_nor_testing_change_a_run(tiny) -> None:
     assert same_run(plain, seldom)
     _, other = tiny("--epochs 3 --seed 1", "other")
     assert not same_run(plain, other)
+    _, still = tiny("--lr 0", "still")  # each epoch is augmented anew
+    assert still["log"][1]["train_loss"] != still["log"][2]["train_loss"]
 
 
 @needs_project
@@ -1785,6 +1795,10 @@ def test_a_run_that_is_not_finite_keeps_its_last_good_epoch(
 @needs_project
 def test_a_full_disk_leaves_the_last_checkpoint(tiny, tmp_path, monkeypatch, capsys):
     """One sentence that says so, with the real error of the system."""
+    (tmp_path / "file").write_bytes(b"before")
+    with (tmp_path / "file").open("rb") as opened:
+        train.write(tmp_path / "file", b"after")
+        assert opened.read() == b"before"  # replaced, not written over
     _, saved = tiny("--epochs 3 --val-interval 3", "whole")
     count, fsync = [], os.fsync
 
