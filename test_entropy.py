@@ -25,7 +25,7 @@ import time
 import types
 import urllib.error
 import urllib.request
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import NoReturn
@@ -1318,22 +1318,26 @@ def test_transforms() -> None:
         got = data.test_transform(28, crop=crop)(image)
         assert got.equal(functional.pil_to_tensor(expected))
 
-    def draws(count: int, **options) -> list[torch.Tensor]:
-        options = {"crop": "whole", "rand_augment": 0, "reprob": 0.0} | options
-        transform = data.train_transform("cifar10", 28, **options)
-        return [transform(image) for _ in range(count)]
+    def draw(seed: int, transform: Callable) -> torch.Tensor:
+        torch.manual_seed(seed)
+        return transform(image)
 
-    canvas = functional.pad(whole, 3, fill=[124, 116, 104])
-    for crop, shifts in (("whole", (3,)), ("padded", range(7))):
-        every = [functional.crop(canvas, i, j, 28, 28) for i in shifts for j in shifts]
-        every += [functional.horizontal_flip(each) for each in every]
-        every = {functional.pil_to_tensor(each).numpy().tobytes() for each in every}
-        seen = {each.numpy().tobytes() for each in draws(40, crop=crop)}
-        assert seen <= every
-        assert len(seen) == 2 if crop == "whole" else len(seen) > 20
+    def augment(crop: str, rand_augment: int = 0, reprob: float = 0.0) -> v2.Compose:
+        options = {"crop": crop, "rand_augment": rand_augment, "reprob": reprob}
+        return data.train_transform("cifar10", 28, **options)
+
+    resize = v2.Resize((28, 28), bicubic)
+    shift = v2.RandomCrop(28, padding=3, fill=[124, 116, 104])
+    for crop, steps in {
+        "resized": [v2.RandomResizedCrop(28, interpolation=bicubic)],
+        "padded": [resize, shift],
+        "whole": [resize],
+    }.items():
+        plain = v2.Compose([*steps, v2.RandomHorizontalFlip(), v2.PILToTensor()])
+        for seed in range(9):
+            assert draw(seed, augment(crop)).equal(draw(seed, plain))
     # Each of two operations of RandAugment is skipped at even odds.
-    options = {"crop": "whole", "rand_augment": 9, "reprob": 0.0}
-    steps = data.train_transform("cifar10", 28, **options).transforms
+    steps = augment("whole", rand_augment=9).transforms
     halves = [step for step in steps if isinstance(step, v2.RandomApply)]
     assert [half.p for half in halves] == [0.5, 0.5]
     for operation in (half.transforms[0] for half in halves):
@@ -1341,7 +1345,9 @@ def test_transforms() -> None:
         assert operation.num_magnitude_bins == 11
     # What is erased gets noise that is standard normal, once normalized.
     image = Image.new("RGB", (28, 28), "lime")
-    source, erased = data.DATASETS["cifar10"], torch.stack(draws(50, reprob=1.0))
+    erase = augment("whole", reprob=1.0)
+    erased = torch.stack([draw(seed, erase) for seed in range(50)])
+    source = data.DATASETS["cifar10"]
     normalize = data.normalizer(source.mean, source.std, torch.device("cpu"))
     noise = normalize(erased)[:, 2][erased[:, 1] != 255]
     assert len(noise) > 1000
