@@ -1763,37 +1763,42 @@ def test_finetune(tiny, tmp_path, capsys) -> None:
 
 
 @needs_project
-@pytest.mark.parametrize("where", ["loss", "test", "weights"])
+@pytest.mark.parametrize("where", ["loss", "entropy", "test", "weights"])
 def test_a_run_that_is_not_finite_keeps_its_last_good_epoch(
     where, tiny, monkeypatch, capsys
 ) -> None:
-    """At the first step of epoch 2, in its test, or at its last step, untested."""
+    """In epoch 2: its loss, a plain ViT's entropy, its test, or its last step, untested."""
     rates, evaluate, calls = train.rates, train.evaluate, []
 
     def diverging(step: int, *given) -> tuple[float, float]:
         lr, sar_lambda = rates(step, *given)
-        return (
-            math.nan if step == {"loss": 5, "weights": 9}[where] else lr
-        ), sar_lambda
+        bad = step == (5 if where == "loss" else 9)
+        return (math.nan if bad else lr), sar_lambda
 
-    def broken(*given) -> dict:
+    def broken_test(*given) -> dict:
         calls.append(1)
         return evaluate(*given) | ({"loss": math.nan} if len(calls) > 2 else {})
 
+    def broken_entropy(similarity: torch.Tensor) -> torch.Tensor:
+        calls.append(1)
+        return spatial_entropy(similarity) * (math.nan if len(calls) > 5 else 1)
+
     if where == "test":
-        monkeypatch.setattr(train, "evaluate", broken)
+        monkeypatch.setattr(train, "evaluate", broken_test)
+    elif where == "entropy":
+        monkeypatch.setattr(train, "spatial_entropy", broken_entropy)
     else:
         monkeypatch.setattr(train, "rates", diverging)
-    interval = 4 if where == "weights" else 1
-    code, saved = tiny(f"--epochs 4 --val-interval {interval}")
+    options = "--val-interval 4" if where == "weights" else "--sar-lambda 0"
+    code, saved = tiny(f"--epochs 4 {options}")
     assert code == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1
-    expected = (
-        "no finite loss by step 5 of epoch 2: cross-entropy nan, spatial entropy nan"
-    )
-    other = "no finite weights or test loss after epoch 2"
-    assert (expected if where == "loss" else other) in error
+    expected = "no finite weights or test loss after epoch 2"
+    if where in ("loss", "entropy"):
+        expected = "no finite loss by step 5 of epoch 2: cross-entropy "
+    assert expected in error
+    assert "learning rate" in error
     assert saved["epoch"] == 1
     assert all(value.isfinite().all() for value in saved["model"].values())
 
