@@ -257,9 +257,9 @@ def _read_folder(name: str, source: Source, data_dir: Path, part: str) -> Images
     counts = images.targets.bincount(minlength=len(classes))
     empty = [each for each, count in zip(classes, counts) if not count]
     if empty and folder == train:
-        raise ValueError(f"{folder} has no images of {_some(empty)}")
+        raise ValueError(f"{folder} has no images of {', '.join(empty)}")
     if empty:
-        print(f"note: {folder} has no images of {_some(empty)}", flush=True)
+        print(f"note: {folder} has no images of {', '.join(empty)}", flush=True)
     return images
 
 
@@ -272,7 +272,10 @@ def read_classes(folder: Path, classes: list[str]) -> Images:
         )
     own = list_classes(folder)
     if unknown := [name for name in own if name not in classes]:
-        raise ValueError(f"{folder} has {_some(unknown)}, which is not in train/")
+        raise ValueError(
+            f"{folder} has {len(unknown)} classes that train/ does not have: "
+            f"{', '.join(unknown[:5])}"
+        )
     labels = {name: label for label, name in enumerate(classes)}
     pairs = [
         (file, labels[name]) for name in own for file in list_images(folder / name)
@@ -281,12 +284,6 @@ def read_classes(folder: Path, classes: list[str]) -> Images:
         raise ValueError(f"{folder} has no images")
     files, targets = zip(*pairs)
     return Images(files, torch.tensor(targets), classes)
-
-
-def _some(names: list[str]) -> str:
-    """The first name, and how many more there are."""
-    more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-    return f"{names[0]}{more}"
 
 
 SHAPES_SIZE = 56  # pixels, height and width
