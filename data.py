@@ -147,8 +147,12 @@ def _decode(path: str | os.PathLike) -> Image.Image:
 
 def list_images(folder: str | os.PathLike) -> list[str]:
     """List the image files in a folder and its subfolders, sorted, without hidden ones."""
+
+    def refuse(error: OSError) -> None:
+        raise error  # os.walk would skip a folder that it may not read
+
     found = []
-    for root, folders, files in os.walk(folder, followlinks=True):
+    for root, folders, files in os.walk(folder, onerror=refuse, followlinks=True):
         folders[:] = [name for name in folders if not name.startswith(".")]
         names = [name for name in files if not name.startswith(".")]
         found += [os.path.join(root, name) for name in names if is_image_file(name)]

@@ -13,6 +13,7 @@ settings, then a line for each epoch.
 """
 
 import argparse
+import contextlib
 import copy
 import io
 import json
@@ -243,8 +244,10 @@ def settings_of_run(
     try:
         with open(os.path.join(folder, "log.jsonl")) as file:
             settings = json.loads(file.readline())
-        return {**settings, "world_size": settings["world_size"], "output_dir": folder}
-    except (OSError, ValueError, TypeError, KeyError) as error:
+        if missing := {"world_size", *args} - NO_SETTINGS - set(settings):
+            raise ValueError(f"its log has no {min(missing)}")
+        return {**settings, "output_dir": folder}
+    except (OSError, ValueError, TypeError) as error:
         parser.error(f"{folder!r} holds no run to resume ({error})")
 
 
@@ -449,7 +452,7 @@ def set_up(args: argparse.Namespace) -> torch.device:
         args.rank, world_size = dist.get_rank(), dist.get_world_size()
     if args.rank > 0:
         sys.stdout = io.StringIO()  # print on rank 0 only
-    if args.resume and args.world_size != world_size:
+    if args.resume is not None and args.world_size != world_size:
         raise ValueError(
             f"{args.resume} is a run of {args.world_size} processes, not {world_size}; "
             "resume it with torchrun and as many"
@@ -634,10 +637,13 @@ def main() -> None:
         signal.signal(number, partial(stop, args))
     try:
         train(args)
-    except (OSError, ValueError, FloatingPointError) as error:
+    except Exception as error:
         say("", stays=False)
         if "new_log" in args and not Path(args.output_dir, "checkpoint.pt").exists():
-            args.new_log.unlink()  # leave nothing of a run that fails in its first epoch
+            with contextlib.suppress(OSError):
+                args.new_log.unlink()  # leave nothing of a run that fails in epoch 1
+        if not isinstance(error, (OSError, ValueError, FloatingPointError)):
+            raise
         # Of a worker's error, which starts with a traceback, take the last line.
         reason = (str(error).strip() or repr(error)).splitlines()[-1]
         reason = reason.removeprefix("OSError: ")
