@@ -544,7 +544,7 @@ class Trained:
     about: list[str]  # lines on what was loaded
     settings: dict  # of the run; for other people's weights what OTHERS says
     classes: list[str] | None  # None: they have no names, or there is no head
-    mean: tuple[float, ...]  # what its images were normalised with
+    mean: tuple[float, ...]  # what its images were normalized with
     std: tuple[float, ...]
 
     @property
@@ -614,7 +614,7 @@ def load_trained(path: Path, args: argparse.Namespace) -> Trained:
     kind = f"{args.model}, {last.attn.num_heads} heads, pool {last.pool}"
     kind += f", {rows}x{columns} patches of {side}x{side} pixels"
     trained.about.append(f"taken for {kind}, {trained.num_classes or 'no'} classes")
-    trained.about.append(f"images normalised with mean {mean}, std {std}")
+    trained.about.append(f"images normalized with mean {mean}, std {std}")
     return trained
 
 
@@ -643,7 +643,7 @@ def read_classes(path: str, count: int) -> list[str]:
 def match_classes(
     trained: Trained, dataset: Images, name: str
 ) -> tuple[torch.Tensor | None, str]:
-    """The model's class of each class of a data set, by name, and a sentence on it.
+    """The model's class of each class of a dataset, by name, and a sentence on it.
 
     None stands for the same classes in the same order.
 
@@ -685,10 +685,10 @@ LINE = 26  # pixels, the height of a line of text
 LETTER = 10  # pixels, about the width of a letter
 GAP = 6  # pixels between tiles
 LONGEST = 4  # a longer image, in its shorter sides, is squeezed to this
-# Viridis: dark is little attention, bright is much; even in lightness, so safe in grey
-# and for colour-blind readers.
+# Viridis: dark is little attention, bright is much; even in lightness, so safe in gray
+# and for color-blind readers.
 HEAT = ((68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231, 37))
-# Okabe and Ito's colours, which colour-blind readers tell apart; the heaviest component
+# Okabe and Ito's colors, which color-blind readers tell apart; the heaviest component
 # comes first.
 PALETTE = [
     (230, 159, 0),
@@ -717,12 +717,12 @@ def caption(text: str, width: int, height: int = LINE) -> torch.Tensor:
 
 
 def heat(attention: torch.Tensor) -> torch.Tensor:
-    """Attention from 0 to 1, (H, W), in the colours of HEAT: uint8 (3, H, W)."""
+    """Attention from 0 to 1, (H, W), in the colors of HEAT: uint8 (3, H, W)."""
     anchors = torch.tensor(HEAT, dtype=torch.float32)
     place = attention.clamp(0, 1) * (len(HEAT) - 1)
     low = place.long().clamp(max=len(HEAT) - 2)
-    colour = anchors[low].lerp(anchors[low + 1], (place - low)[..., None])  # (H, W, 3)
-    return colour.permute(2, 0, 1).round().to(torch.uint8)
+    color = anchors[low].lerp(anchors[low + 1], (place - low)[..., None])  # (H, W, 3)
+    return color.permute(2, 0, 1).round().to(torch.uint8)
 
 
 def join(tiles: list[torch.Tensor], dim: int) -> torch.Tensor:
@@ -850,8 +850,8 @@ def draw_head(
         return F.interpolate(x[None, None].float(), size, mode=mode)[0, 0].to(x.dtype)
 
     attention = similarity.float().flatten().softmax(0).view_as(similarity)
-    grey = image.float().mean(0, keepdim=True).expand(3, -1, -1)
-    faded = (0.35 * grey + 0.65 * 255).to(torch.uint8)
+    gray = image.float().mean(0, keepdim=True).expand(3, -1, -1)
+    faded = (0.35 * gray + 0.65 * 255).to(torch.uint8)
     kept = image.where(enlarge(mass_mask(similarity, mass)), faded)
 
     activation = threshold_at_mean(similarity)
@@ -860,11 +860,11 @@ def draw_head(
     entropy = entropy_of_masses(masses).item()
     order = masses.argsort(descending=True)[: (masses > 0).sum()]
     masks = enlarge(labels)[None] == order[:, None, None]
-    coloured = faded
+    colored = faded
     if len(masks):
-        colours = [PALETTE[n % len(PALETTE)] for n in range(len(masks))]
-        coloured = draw_segmentation_masks(faded, masks, 0.75, colours)
-    tiles = [heat(enlarge(attention / attention.max())), kept, coloured]
+        colors = [PALETTE[n % len(PALETTE)] for n in range(len(masks))]
+        colored = draw_segmentation_masks(faded, masks, 0.75, colors)
+    tiles = [heat(enlarge(attention / attention.max())), kept, colored]
     short = LINE - image.shape[1]
     tiles = [F.pad(tile, (0, 0, 0, max(short, 0)), value=255) for tile in tiles]
     text = f"H {entropy:.2f} K {len(order)}"
@@ -1102,7 +1102,7 @@ class Evaluation:
         dataset: Images | Masked,
         *options: object,
     ) -> dict:
-        """Call `evaluate` or `segment` on all images of a data set."""
+        """Call `evaluate` or `segment` on all images of a dataset."""
         args, device = self.args, self.device
         batch_size = args.batch_size or self.trained.settings["batch_size"]
         if device.type == "cpu" and not args.batch_size:
@@ -1130,7 +1130,7 @@ class Evaluation:
         if self.dataset is None:
             path = self.trained.path
             raise ValueError(
-                f"{path} knows no data set: name one with --dataset, or images to draw "
+                f"{path} knows no dataset: name one with --dataset, or images to draw "
                 "on with --images"
             )
         return load_dataset(self.dataset, self.data_dir, "test", transform)
@@ -1141,7 +1141,7 @@ class Evaluation:
         return where | {"img_size": model.img_size}
 
     def accuracy(self) -> Callable[[], None]:
-        """Classify the test images of a data set."""
+        """Classify the test images of a dataset."""
         name, model = self.dataset, self.classifier()
         height, width = model.img_size
         if height != width:
@@ -1270,7 +1270,7 @@ class Evaluation:
         return work
 
     def picture(self) -> Callable[[], None]:
-        """Draw the attention on images of a folder, or of the data set measured."""
+        """Draw the attention on images of a folder, or of the dataset measured."""
         args, mass = self.args, PROTOCOLS[self.args.protocol].mass
         if args.images:
             one = Path(args.images).is_file()
@@ -1409,7 +1409,7 @@ def run(args: argparse.Namespace) -> None:
     classify = args.dataset or not else_asked
     draw_from_it = args.attention and not args.images
     if classify and draw_from_it and not evaluation.trained.num_classes:
-        say("there is no head: the data set is to draw from, not to classify")
+        say("there is no head: the dataset is to draw from, not to classify")
         classify = False
     wanted = {
         "accuracy": classify,

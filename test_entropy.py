@@ -899,7 +899,7 @@ def test_figures_of_the_study() -> None:
         return {seed: first[seed] - second[seed] for seed in study["SEEDS"]}
 
     def images(setting: str) -> list[str]:
-        """Data set and number; seeds choose the same ones in other such settings."""
+        """Dataset and number; seeds choose the same ones in other such settings."""
         return setting.split("-")[:2]
 
     figures, settings = set(), {setting for setting, _ in found}
@@ -2071,7 +2071,7 @@ def test_weights_of_others(options, tmp_path, monkeypatch, capsys) -> None:
     output = capsys.readouterr().out
     assert "matched by their order" in output
     assert f"taken for vit_tiny, {options.get('num_heads', 2)} heads" in output
-    assert "images normalised with mean (0.485, " in output
+    assert "images normalized with mean (0.485, " in output
     torch.save({"model": wrapped}, tmp_path / "run.pt")
     half = " --mean 0.5 0.5 0.5 --std 0.25 0.25 0.25"
     found = numbers(monkeypatch, tmp_path, command + half)
@@ -2100,7 +2100,7 @@ def test_weights_of_others_that_are_refused(tmp_path, monkeypatch, capsys) -> No
         return error
 
     assert "do so with --model" in refused("", model=weights)
-    assert "knows no data set" in refused("--model vit_tiny")
+    assert "knows no dataset" in refused("--model vit_tiny")
     assert "no vit_small: " in refused(common.replace("vit_tiny", "vit_small"))
     assert "has no EMA weights" in refused(f"{common} --model-ema")
     names = tmp_path / "names.txt"
@@ -2467,7 +2467,7 @@ def test_corruptions_in_arrays(tmp_path, monkeypatch, capsys) -> None:
 def test_the_picture_takes_any_image(tmp_path, monkeypatch, capsys) -> None:
     folder = tmp_path / "images"
     write_images(folder, ("a.png", "more/b.jpg"))
-    tall = v2.functional.to_pil_image(torch.rand(1, 90, 30))  # grey
+    tall = v2.functional.to_pil_image(torch.rand(1, 90, 30))  # gray
     tall.save(folder / "c.png")
     wide = v2.functional.to_pil_image(torch.rand(3, 9, 200)).convert("RGBA")
     wide.save(folder / "d.png")
@@ -2541,7 +2541,7 @@ def test_compared_models_are_checked(tmp_path, monkeypatch, capsys) -> None:
 
 @needs_project
 def test_the_picture_is_of_the_models_maps(tmp_path) -> None:
-    """At the size of the model, or one of the image's aspect; normalised as in training."""
+    """At the size of the model, or one of the image's aspect; normalized as in training."""
     mean, std, device = (0.5, 0.4, 0.3), (0.2, 0.3, 0.4), torch.device("cpu")
     model = small_model(img_size=24)
     trained = evaluation.Trained(model, tmp_path, [], {}, None, mean, std)
@@ -2565,7 +2565,7 @@ def test_the_picture_is_of_the_models_maps(tmp_path) -> None:
 
 @needs_project
 def test_the_picture_shows_what_it_says() -> None:
-    """Two components of different mass: their colours, and the text below them."""
+    """Two components of different mass: their colors, and the text below them."""
     similarity = torch.zeros(1, 6, 6)
     similarity[0, 1:3, 1:3], similarity[0, 4, 4] = 9, 5
     image = torch.full((3, 120, 120), 90, dtype=torch.uint8)
@@ -2581,9 +2581,9 @@ def test_the_picture_shows_what_it_says() -> None:
     assert kept[:, 90, 90].equal(kept[:, 0, 0])  # does not
     assert not kept[:, 90, 90].equal(image[:, 0, 0])
     first, second = components[:, 30, 30].int(), components[:, 90, 90].int()
-    for colour, pixel in zip(evaluation.PALETTE, (first, second)):
+    for color, pixel in zip(evaluation.PALETTE, (first, second)):
         distances = (torch.tensor(evaluation.PALETTE) - pixel).abs().sum(1)
-        assert evaluation.PALETTE[distances.argmin()] == colour
+        assert evaluation.PALETTE[distances.argmin()] == color
     text = column[:, 378:].float().mean(0)
     assert (text < 128).any()  # H and K
 

@@ -51,12 +51,7 @@ from data import (
 )
 from entropy import spatial_entropy
 from eval import choose_device, evaluate, hardware, say
-from model import (
-    MODELS,
-    VisionTransformer,
-    load_run,
-    load_weights,
-)
+from model import MODELS, VisionTransformer, load_run, load_weights
 
 # Defaults: the authors' recipe for small datasets (DeiT's, for 100 epochs), and that of
 # shapes, a demonstration: two CPU cores, two minutes, a lambda that shows what SAR does.
@@ -586,7 +581,7 @@ def train(args: argparse.Namespace) -> None:
             if ema:
                 test = evaluate(ema, test_loader, normalize, device, args.amp)
                 line |= {f"test_{name}_ema": value for name, value in test.items()}
-        finite = all(weight.isfinite().all() for weight in model.parameters())
+        finite = torch.stack([w.isfinite().all() for w in model.parameters()]).all()
         if not finite or not math.isfinite(line.get("test_loss", 0)):
             raise FloatingPointError(
                 f"no finite weights or test loss after epoch {epoch + 1}: test "
@@ -617,10 +612,8 @@ def stop(args: argparse.Namespace, number: int, _: object) -> None:
     """
     if multiprocessing.parent_process():
         return  # a worker, which the main process ends
-    if hasattr(
-        signal, "SIGCHLD"
-    ):  # ignore that workers end; Windows has no such signal
-        signal.signal(signal.SIGCHLD, lambda *_: None)
+    if hasattr(signal, "SIGCHLD"):  # not on Windows
+        signal.signal(signal.SIGCHLD, lambda *_: None)  # workers may end before it
     try:
         started = os.path.exists(os.path.join(args.output_dir, "log.jsonl"))
         hint = f"; continue with --resume {shlex.quote(args.output_dir)}"

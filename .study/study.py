@@ -42,7 +42,7 @@ DISTORTED = PLACED.format(4, "whole", "rand-m5")
 FINER = PLACED.format(2, "whole", "none")  # 14x14 patches
 LARGER = FINER.replace("vit_mini", "vit_small")
 
-# Setting -> data set, and the options that its arms share, tuned for the plain ViT, but
+# Setting -> dataset, and the options that its arms share, tuned for the plain ViT, but
 # for those of the ViT-S.
 SETTINGS = {
     "fashion-1000": (
@@ -587,13 +587,13 @@ def references(data_dir: str = "data") -> None:
         """Centres (1, 3, H, W) of three clusters of maps (n, 1, H, W), by k-means."""
         points = maps.flatten(1)
         chosen = torch.randperm(len(points), generator=torch.Generator().manual_seed(0))
-        centres = points[chosen[:3]]
+        centers = points[chosen[:3]]
         for _ in range(50):
-            nearest = torch.cdist(points, centres).argmin(1)
-            centres = torch.stack(
+            nearest = torch.cdist(points, centers).argmin(1)
+            centers = torch.stack(
                 [points[nearest == each].mean(0) for each in range(3)]
             )
-        return centres.view(1, 3, *maps.shape[2:])
+        return centers.view(1, 3, *maps.shape[2:])
 
     columns = ["test images", "patches", "every patch", "one mask for all images"]
     columns += ["the best of three", "the object's own patches", "its pixels"]
