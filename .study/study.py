@@ -584,7 +584,7 @@ def references(data_dir: str = "data") -> None:
         return 100 * jaccard(kept, objects, 1, False)[0].amax(1).mean().item()
 
     def three_means(maps: torch.Tensor) -> torch.Tensor:
-        """Centres (1, 3, H, W) of three clusters of maps (n, 1, H, W), by k-means."""
+        """Centers (1, 3, H, W) of three clusters of maps (n, 1, H, W), by k-means."""
         points = maps.flatten(1)
         chosen = torch.randperm(len(points), generator=torch.Generator().manual_seed(0))
         centers = points[chosen[:3]]
