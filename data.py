@@ -454,8 +454,8 @@ def load_masks(name: str, data_dir: str | os.PathLike, size: tuple[int, int]) ->
 
 def load_corruptions(
     folder: str | os.PathLike,
-) -> dict[tuple[str, int], Callable[[], Images]]:
-    """Find corrupted test images: a function that reads them, by corruption and severity.
+) -> dict[str, dict[int, Callable[[], Images]]]:
+    """Find corrupted test images: functions that read them, by corruption and severity.
 
     The folder is in ImageNet-C's layout, <corruption>/<severity>/<class>/<image>, or in
     CIFAR-C's, without class names: <corruption>.npy, uint8 (5 * n, height, width, 3),
@@ -464,10 +464,10 @@ def load_corruptions(
     found = {}
     for path in sorted(Path(folder).glob("*/[1-5]")):
         part = partial(read_classes, path, list_classes(path))
-        found[path.parent.name, int(path.name)] = part
+        found.setdefault(path.parent.name, {})[int(path.name)] = part
     for path in sorted(set(Path(folder).glob("*.npy")) - {Path(folder, "labels.npy")}):
-        for severity in range(1, 6):
-            found[path.stem, severity] = partial(_read_array, path, severity)
+        parts = {level: partial(_read_array, path, level) for level in range(1, 6)}
+        found[path.stem] = parts
     if not found:
         raise FileNotFoundError(
             f"{folder} has neither <corruption>/<severity>/<class>/, as ImageNet-C, nor "

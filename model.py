@@ -413,23 +413,22 @@ def load_weights(
     return "; ".join([loaded, *report])
 
 
-def load_run(
-    path: str | os.PathLike, ema: bool = False
-) -> tuple[VisionTransformer, Mapping]:
-    """Load a run of train.py onto the CPU: its model and its whole checkpoint.
+def model_of_run(
+    checkpoint: Mapping, source: str, ema: bool = False
+) -> VisionTransformer:
+    """Build the model of a checkpoint of train.py, and load its weights.
 
-    With `ema` the model has the EMA weights. Raise ValueError if train.py did not write
-    the file, or without such weights.
+    With `ema` it gets the EMA weights. Raise ValueError if train.py did not write the
+    checkpoint, or without such weights.
     """
-    checkpoint = read_checkpoint(path)
     if "architecture" not in checkpoint:
-        raise ValueError(f"{path} was not written by train.py")
+        raise ValueError(f"{source} was not written by train.py")
     weights = "model_ema" if ema else "model"
     if weights not in checkpoint:
-        raise ValueError(f"{path} has no EMA weights")
+        raise ValueError(f"{source} has no EMA weights")
     model = VisionTransformer(**checkpoint["architecture"])
     model.load_state_dict(checkpoint[weights])
-    return model, checkpoint
+    return model
 
 
 def model_of_weights(

@@ -49,7 +49,7 @@ FILES = [HERE / "eval.py", HERE / "train.py"]  # where the pair was not copied a
 PROJECT = all(f.is_file() and "from entropy import" in f.read_text() for f in FILES)
 if PROJECT:
     import numpy
-    from PIL import Image
+    from PIL import Image, ImageChops
     from torchvision.transforms import v2
 
     import data
@@ -1916,6 +1916,7 @@ def test_masks_that_are_not_there(tmp_path, monkeypatch) -> None:
 
 
 CLASSES = ["ant", "bee", "cat", "dog", "elk"]
+CPU = torch.device("cpu")
 
 
 def write_run(path: Path, model=None, **settings) -> None:
@@ -1925,7 +1926,8 @@ def write_run(path: Path, model=None, **settings) -> None:
     architecture |= {"embed_dim": 32, "depth": 3, "num_heads": 2}
     run_settings = {"model": "vit_mini", "dataset": "folder", "crop": "resized"}
     run_settings |= {"data_dir": str(path.parent), "batch_size": 3, "epochs": 1}
-    run_settings |= {"amp": False, "device": "cpu"}
+    run_settings |= {"amp": False, "device": "cpu", "seed": 0}
+    run_settings |= {"sar_lambda": 0.0, "last_skip": True}
     checkpoint = {
         "architecture": architecture,
         "settings": run_settings | settings,
@@ -1943,36 +1945,50 @@ def numbers(monkeypatch, tmp_path: Path, command: str) -> dict:
     return json.loads((tmp_path / "numbers.json").read_text())
 
 
-@needs_project
-def test_accuracy_is_that_of_the_logits(tmp_path, monkeypatch) -> None:
-    """For any batch size and number of workers, as image by image."""
-    write_folder(tmp_path, CLASSES)
-    write_run(tmp_path / "run.pt")
-    model = small_model(img_size=24)
-    transform = data.test_transform(24, crop="resized")
-    dataset = data.load_dataset("folder", tmp_path, "test", transform)
-    mean, std = data.IMAGENET_MEAN, data.IMAGENET_STD
-    normalize = data.normalizer(mean, std, torch.device("cpu"))
+def outputs(model, folder: Path, size: int = 24, crop: str = "resized", **channels):
+    """Logits, maps and labels of a folder, image by image."""
+    transform = data.test_transform(size, crop=crop)
+    dataset = data.load_dataset("folder", folder, "test", transform)
+    mean = channels.get("mean", data.IMAGENET_MEAN)
+    normalize = data.normalizer(mean, channels.get("std", data.IMAGENET_STD), CPU)
+    model.resize(size)
     with torch.inference_mode():
-        given = [model(normalize(image[None])) for image, _ in dataset]
-    logits, maps = (torch.cat(each) for each in zip(*given))
-    top1 = 100 * (logits.argmax(1) == dataset.targets).float().mean().item()
-    for options in ("", "--batch-size 1", "--batch-size 7 --workers 2"):
-        found = numbers(monkeypatch, tmp_path, options)["accuracy"]
-        assert found["images"] == 10
-        assert found["acc1"] == pytest.approx(top1)
-        assert found["acc5"] == 100
-        loss = F.cross_entropy(logits, dataset.targets).item()
-        assert found["loss"] == pytest.approx(loss, abs=1e-5)
-        entropies = spatial_entropy(maps, "none").mean(0)
-        assert found["entropy_per_head"] == pytest.approx(entropies.tolist(), abs=1e-5)
-        counts = (component_masses(maps) > 0).sum(-1).float().mean(0)
-        assert found["components_per_head"] == pytest.approx(counts.tolist())
-    assert (found["dataset"], found["split"]) == ("folder", "test")
+        found = [model(normalize(image[None])) for image, _ in dataset]
+    logits, maps = (torch.cat(each) for each in zip(*found))
+    return logits, maps, dataset.targets
 
 
 @needs_project
-def test_precision_is_that_of_the_run_on_its_device(tmp_path, monkeypatch) -> None:
+@pytest.mark.parametrize("size", [24, 48])
+@pytest.mark.parametrize("names", [CLASSES, ["bee", "elk"]])
+@pytest.mark.parametrize("options", ["", "--batch-size 4 --workers 1 --crop whole"])
+def test_accuracy(options, names, size, tmp_path, monkeypatch, capsys) -> None:
+    """As from the logits image by image, also of a subset of the classes."""
+    folder = tmp_path / "rendition"  # as ImageNet-R: no train/ and val/
+    write_images(folder, (f"{name}/{n}.png" for name in names for n in range(3)))
+    write_run(tmp_path / "run.pt")
+    options += f" --dataset folder --data-dir {folder} --img-size {size}"
+    found = numbers(monkeypatch, tmp_path, options)["accuracy"]
+    crop = "whole" if "whole" in options else "resized"
+    logits, maps, labels = outputs(small_model(img_size=24), folder, size, crop)
+    logits = logits[:, [CLASSES.index(name) for name in names]]
+    assert (found["images"], found["acc5"]) == (len(labels), 100)
+    top1 = 100 * (logits.argmax(1) == labels).float().mean().item()
+    assert found["acc1"] == pytest.approx(top1)
+    loss = F.cross_entropy(logits, labels).item()
+    assert found["loss"] == pytest.approx(loss, abs=1e-5)
+    entropies = spatial_entropy(maps, "none").mean(0).tolist()
+    assert found["entropy_per_head"] == pytest.approx(entropies, abs=1e-5)
+    assert found["entropy"] == pytest.approx(statistics.mean(entropies), abs=1e-5)
+    counts = (component_masses(maps) > 0).sum(-1).float().mean(0).tolist()
+    assert found["components_per_head"] == pytest.approx(counts)
+    output = capsys.readouterr().out
+    assert f"top-1 {top1:.2f} %   top-5 100.00 %   loss {found['loss']:.4f}" in output
+    assert ("restricted to 2 of 5 classes" in output) == (len(names) == 2)
+
+
+@needs_project
+def test_precision_is_that_of_training_on_its_device(tmp_path, monkeypatch) -> None:
     write_folder(tmp_path, CLASSES)
     write_run(tmp_path / "run.pt", amp=True)
     assert numbers(monkeypatch, tmp_path, "")["precision"] == "bfloat16"
@@ -1982,225 +1998,103 @@ def test_precision_is_that_of_the_run_on_its_device(tmp_path, monkeypatch) -> No
 
 
 @needs_project
-@pytest.mark.parametrize("size", ["48"])
-def test_accuracy_at_another_size(size, tmp_path, monkeypatch, capsys) -> None:
+def test_pretrained_checkpoints(tmp_path, monkeypatch, capsys) -> None:
+    """DeiT's layout, with EMA weights, timm's, and DINO's, without a head."""
+    monkeypatch.setitem(
+        vit.MODELS, "vit_tiny", {"embed_dim": 32, "depth": 3, "num_heads": 2}
+    )
     write_folder(tmp_path, CLASSES)
-    write_run(tmp_path / "run.pt")
-    found = numbers(monkeypatch, tmp_path, f"--img-size {size}")["accuracy"]
-    height = width = int(size)
-    assert found["img_size"] == [height, width]
-    output = capsys.readouterr().out
-    assert f"position embedding resized 3x3 -> {height // 8}x{width // 8}" in output
+    write_voc2012(tmp_path)
+    state = small_model(img_size=24, patch_size=4, pool="mean").state_dict()
+    wrapped = {f"module.{name}": tensor for name, tensor in state.items()}
+    other = small_model(img_size=16).state_dict()
+    torch.save({"state_dict": other, "state_dict_ema": wrapped}, tmp_path / "run.pt")
+    command = f"--model vit_tiny --data-dir {tmp_path} --dataset folder"
+    found = numbers(monkeypatch, tmp_path, f"{command} --model-ema")
+    model = small_model(img_size=24, patch_size=4, pool="mean")
+    logits, _, labels = outputs(model, tmp_path)
+    loss = F.cross_entropy(logits, labels).item()
+    assert found["accuracy"]["loss"] == pytest.approx(loss, abs=1e-5)
+    assert "classes are matched by their order" in capsys.readouterr().out
+
+    torch.save(small_model(img_size=24).state_dict(), tmp_path / "run.pt")
+    names = tmp_path / "names.txt"
+    lines = (f"n0000000{n} {name}, etc.\n" for n, name in enumerate(CLASSES))
+    names.write_text("".join(lines), encoding="utf-8-sig")  # with a BOM
+    write_images(tmp_path / "ids", ("n00000003/0.png", "n00000000/0.png"))
+    options = f"--data-dir {tmp_path}/ids --mean 0.5 0.4 0.3 --std 0.2 0.3 0.4"
+    options = f"{command} {options} --classes {names}"
+    found = numbers(monkeypatch, tmp_path, options)
+    channels = {"mean": (0.5, 0.4, 0.3), "std": (0.2, 0.3, 0.4)}
     model = small_model(img_size=24)
-    model.resize((height, width))
-    transform = data.test_transform(height, crop="resized")
-    dataset = data.load_dataset("folder", tmp_path, "test", transform)
-    images = torch.stack([image for image, _ in dataset])
-    normalize = data.normalizer(
-        data.IMAGENET_MEAN, data.IMAGENET_STD, torch.device("cpu")
-    )
-    with torch.inference_mode():
-        logits, _ = model(normalize(images))
-    loss = F.cross_entropy(logits, dataset.targets).item()
-    assert found["loss"] == pytest.approx(loss, abs=1e-5)
+    logits, _, labels = outputs(model, tmp_path / "ids", **channels)
+    loss = F.cross_entropy(logits[:, [0, 3]], labels).item()
+    assert found["accuracy"]["loss"] == pytest.approx(loss, abs=1e-5)
+    assert tuple(found["mean"]) == channels["mean"]
 
-
-@needs_project
-def test_classes_are_matched_by_name(tmp_path, monkeypatch, capsys) -> None:
-    """A subset of the classes: the other logits are left out, and the output says so."""
-    folder = tmp_path / "rendition"  # as ImageNet-R's: without train/ and val/
-    write_images(folder, (f"{name}/{i}.png" for name in ("bee", "elk") for i in (0, 1)))
-    write_run(tmp_path / "run.pt")
-    options = f"--dataset folder --data-dir {folder}"
-    found = numbers(monkeypatch, tmp_path, options)["accuracy"]
-    assert "restricted to its 2 of 5 classes" in capsys.readouterr().out
-    transform = data.test_transform(24, crop="resized")
-    dataset = data.load_dataset("folder", folder, "test", transform)
-    normalize = data.normalizer(
-        data.IMAGENET_MEAN, data.IMAGENET_STD, torch.device("cpu")
-    )
-    with torch.inference_mode():
-        images = torch.stack([image for image, _ in dataset])
-        logits = small_model(img_size=24)(normalize(images))[0][:, [1, 4]]
-    loss = F.cross_entropy(logits, torch.tensor([0, 0, 1, 1])).item()
-    assert found["loss"] == pytest.approx(loss, abs=1e-5)
-    (folder / "yak").mkdir()
-    (folder / "bee" / "0.png").rename(folder / "yak" / "0.png")
-    command = f"eval --checkpoint {tmp_path}/run.pt --device cpu {options}"
-    assert run(monkeypatch, command) == 2
-    error = capsys.readouterr().err
-    assert "1 of the 3 classes of folder are unknown" in error
-    assert error.endswith(": yak\n")
+    state = small_model(img_size=24).state_dict()
+    headless = {f"backbone.{k}": v for k, v in state.items() if "head" not in k}
+    torch.save({"teacher": headless, "student": {}}, tmp_path / "run.pt")
+    options = f"--model vit_tiny --data-dir {tmp_path}"
+    found = numbers(monkeypatch, tmp_path, f"{options} --segmentation voc2012")
+    assert found["segmentation"]["images_with_objects"] == 1
+    assert "accuracy" not in found
+    names.write_text("one\n")
+    capsys.readouterr()
+    for wrong, message in {
+        command: "has no head to classify with",
+        options: "name a dataset with --dataset",
+        "": "does not name its model: add --model (vit_mini, ",
+        f"{command} --classes {names}": "has 1 names, 1 different ones, but the model",
+        f"{command} --model-ema": "has no EMA weights",
+        command.replace("tiny", "base"): "does not fit the model",
+    }.items():
+        command_line = f"eval --device cpu --checkpoint {tmp_path}/run.pt {wrong}"
+        assert run(monkeypatch, command_line) == 2
+        assert message in capsys.readouterr().err
 
 
 @needs_project
 @pytest.mark.parametrize(
-    "options",
-    [
-        {"img_size": 24},
-        {"img_size": 24, "last_skip": False},
-        {"img_size": 24, "pool": "mean"},
-        {"img_size": 24, "num_heads": 4},
-        {"img_size": 24, "patch_size": 4},
-    ],
+    "name", ["voc2012 dino", "voc2012 sar", "voc2012 ipvit"] + [*data.MASKS][1:]
 )
-def test_weights_of_others(options, tmp_path, monkeypatch, capsys) -> None:
-    """Those of timm, DeiT and DINO: what --model does not say is read from them."""
-    presets = {"embed_dim": 32, "depth": 3, "num_heads": 2}
-    monkeypatch.setitem(vit.MODELS, "vit_tiny", presets)
-    write_folder(tmp_path, CLASSES)
-    model = small_model(**options)
-    crop = data.test_transform(model.img_size[0], crop="resized")
-    dataset = data.load_dataset("folder", tmp_path, "test", crop)
-    images = torch.stack([image for image, _ in dataset])
-
-    def loss(mean: Sequence[float], std: Sequence[float]) -> float:
-        normalize = data.normalizer(mean, std, torch.device("cpu"))
-        with torch.inference_mode():
-            return F.cross_entropy(model(normalize(images))[0], dataset.targets).item()
-
-    command = f"--model vit_tiny --dataset folder --data-dir {tmp_path}"
-    if "num_heads" in options:
-        command += f" --num-heads {options['num_heads']}"
-    wrapped = {f"module.{name}": tensor for name, tensor in model.state_dict().items()}
-    plain = small_model(img_size=16).state_dict()
-    torch.save({"state_dict": plain, "state_dict_ema": wrapped}, tmp_path / "run.pt")
-    found = numbers(monkeypatch, tmp_path, f"{command} --model-ema")["accuracy"]
-    expected = loss(data.IMAGENET_MEAN, data.IMAGENET_STD)
-    assert found["loss"] == pytest.approx(expected, abs=1e-5)
-    output = capsys.readouterr().out
-    assert "matched by their order" in output
-    assert f"taken for vit_tiny, {options.get('num_heads', 2)} heads" in output
-    assert "images normalized with mean (0.485, " in output
-    torch.save({"model": wrapped}, tmp_path / "run.pt")
-    half = " --mean 0.5 0.5 0.5 --std 0.25 0.25 0.25"
-    found = numbers(monkeypatch, tmp_path, command + half)
-    expected = loss((0.5,) * 3, (0.25,) * 3)
-    assert found["accuracy"]["loss"] == pytest.approx(expected, abs=1e-5)
-    assert found["mean"] == [0.5, 0.5, 0.5]
-
-
-@needs_project
-def test_weights_of_others_that_are_refused(tmp_path, monkeypatch, capsys) -> None:
-    presets = {"embed_dim": 32, "depth": 3, "num_heads": 2}
-    monkeypatch.setitem(vit.MODELS, "vit_tiny", presets)
-    write_folder(tmp_path, CLASSES)
-    write_voc2012(tmp_path)
-    weights = small_model(img_size=24).state_dict()
-    common = f"--model vit_tiny --dataset folder --data-dir {tmp_path}"
-
-    def refused(options: str, **checkpoint: object) -> str:
-        if checkpoint:
-            torch.save(checkpoint, tmp_path / "run.pt")
-        capsys.readouterr()
-        command = f"eval --checkpoint {tmp_path}/run.pt --device cpu {options}"
-        assert run(monkeypatch, command) == 2
-        error = capsys.readouterr().err
-        assert error.count("\n") == 1
-        return error
-
-    assert "do so with --model" in refused("", model=weights)
-    assert "knows no dataset" in refused("--model vit_tiny")
-    assert "no vit_small: " in refused(common.replace("vit_tiny", "vit_small"))
-    assert "has no EMA weights" in refused(f"{common} --model-ema")
-    names = tmp_path / "names.txt"
-    names.write_text("one\n")
-    command = f"{common} --classes {names}"
-    assert "names 1 classes, and the head has 5" in refused(command)
-    names.write_text("ant\nbee\ncat\ndog\nbee\n")
-    assert "names bee twice" in refused(command)
-    assert "its pos_embed is" in refused(common, dist_token=torch.ones(1), **weights)
-    assert "has no reg_token" in refused(common, reg_token=torch.ones(1), **weights)
-    patches = weights | {"pos_embed": weights["pos_embed"][:, :-1]}
-    assert "8 patch positions form no square grid" in refused(common, **patches)
-    assert "holds no Vision Transformer" in refused(common, fc=torch.ones(2, 2))
-    headless = {f"backbone.{n}": t for n, t in weights.items() if "head" not in n}
-    # DINO's: no head, so no accuracy; but attention, and images to draw it on.
-    assert "has no head to classify with" in refused(common, teacher=headless)
-    options = "--model vit_tiny --segmentation voc2012 --protocol sar --img-size 32 48"
-    found = numbers(monkeypatch, tmp_path, f"{options} --data-dir {tmp_path}")
-    assert found["segmentation"]["images_with_objects"] == 1
-    found = numbers(monkeypatch, tmp_path, f"{common} --attention {tmp_path}/a.png")
-    assert "accuracy" not in found
-    assert len(found["attention"]["images"]) == 4
-
-
-@needs_project
-def test_named_classes_of_weights_of_others(tmp_path, monkeypatch, capsys) -> None:
-    presets = {"embed_dim": 32, "depth": 3, "num_heads": 2}
-    monkeypatch.setitem(vit.MODELS, "vit_tiny", presets)
-    torch.save(small_model(img_size=24).state_dict(), tmp_path / "run.pt")
-    names = tmp_path / "names.txt"
-    lines = (f"n0000000{number} {name}, etc.\n" for number, name in enumerate("abcde"))
-    names.write_text("".join(lines))
-    ids = tmp_path / "ids"
-    write_images(ids, ("n00000003/0.png", "n00000001/0.png"))
-    command = f"--model vit_tiny --dataset folder --data-dir {ids}"
-    found = numbers(monkeypatch, tmp_path, f"{command} --classes {names}")["accuracy"]
-    assert found["images"] == 2
-    assert "restricted to its 2 of 5 classes" in capsys.readouterr().out
-    assert found["matched"] == "logits restricted to its 2 of 5 classes"
-    command = f"eval --checkpoint {tmp_path}/run.pt --device cpu {command}"
-    assert run(monkeypatch, command) == 2
-    assert "--classes names those of the weights" in capsys.readouterr().err
-
-
-@needs_project
-@pytest.mark.parametrize("protocol", ["dino", "sar", "ipvit"])
-def test_segmentation_of_voc(protocol, tmp_path, monkeypatch, capsys) -> None:
-    """From files to the printed number, at the protocol's input size."""
-    torch.manual_seed(0)
-    write_voc2012(tmp_path)
+def test_segmentation(name, tmp_path, monkeypatch, capsys) -> None:
+    """From files to the printed number; photographs at the protocol's input size."""
+    monkeypatch.setattr(data, "SHAPES_COUNT", {"train": 8, "test": 8})
+    for write in (write_voc2012, write_pets, write_fashion_mnist):
+        write(tmp_path)
     write_run(tmp_path / "run.pt")
+    name, protocol = name.split() if " " in name else (name, "dino")
     rule = evaluation.PROTOCOLS[protocol]
     table = {protocol: evaluation.Protocol(64, rule.mass, rule.void_counts)}
     monkeypatch.setattr(evaluation, "PROTOCOLS", table)
-    options = f"--segmentation voc2012 --protocol {protocol}"
+    options = f"--segmentation {name} --protocol {protocol}"
     found = numbers(monkeypatch, tmp_path, options)["segmentation"]
-    assert (found["split"], found["protocol"]) == ("val", protocol)
-    assert found["img_size"] == [64, 64]
-    masked = data.load_masks("voc2012", tmp_path, (64, 64))
-    model = small_model(img_size=24)
-    model.resize(64)
-    normalize = data.normalizer(
-        data.IMAGENET_MEAN, data.IMAGENET_STD, torch.device("cpu")
+    size = 64 if name in ("voc2012", "pets") else 24
+    assert found["img_size"] == [size, size]
+    images, masks = map(
+        torch.stack, zip(*data.load_masks(name, tmp_path, (size, size)))
     )
-    images, masks = (torch.stack(each) for each in zip(*masked))
+    model = small_model(img_size=24)
+    model.resize(size)
+    normalize = data.normalizer(data.IMAGENET_MEAN, data.IMAGENET_STD, CPU)
     with torch.inference_mode():
         _, maps = model(normalize(images))
     keep = partial(evaluation.mass_mask, mass=rule.mass)
     best, count = slow_segment(maps, masks, keep, rule.void_counts)
     assert found["jaccard_mass"] == pytest.approx(best, abs=1e-3)
-    assert (found["images"], found["images_with_objects"], count) == (2, 1, 1)
+    assert (found["images"], found["images_with_objects"]) == (len(images), count)
     output = capsys.readouterr().out
-    void = "counted as background" if rule.void_counts else "left out"
-    mass = f"{round(100 * rule.mass)} % of the attention"
-    size = "64x64 pixels (position embedding resized 3x3 -> 8x8)"
-    assert f"protocol {protocol}: input {size}, {mass}, void pixels {void}" in output
-    assert f"{best:.2f}" in output
-
-
-@needs_project
-@pytest.mark.parametrize("name", ["pets", "shapes", "fashion-mnist"])
-def test_segmentation_of_other_sets(name, tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(data, "SHAPES_COUNT", {"train": 8, "test": 8})
-    write_pets(tmp_path)
-    write_fashion_mnist(tmp_path)
-    write_run(tmp_path / "run.pt", dataset="shapes")
-    small = {"dino": evaluation.Protocol(64, 0.6, void_counts=False)}
-    monkeypatch.setattr(evaluation, "PROTOCOLS", small)
-    command = f"--segmentation {name} --attention {tmp_path}/a.png --rows 2"
-    found = numbers(monkeypatch, tmp_path, command)["segmentation"]
-    assert found["img_size"] == ([64, 64] if name == "pets" else [24, 24])
-    assert found["images"] == {"pets": 4, "shapes": 8, "fashion-mnist": 10}[name]
-    assert 0 < found["jaccard_mean"] < 100
-    assert (tmp_path / "a.png").is_file()
+    void = "count as background" if rule.void_counts else "are excluded"
+    share = f"{rule.mass:.0%} of the attention"
+    assert f"protocol {protocol}: {share}, void pixels {void}\n" in output
+    assert re.search(rf"^{share} +{best:.2f} ", output, re.MULTILINE)
 
 
 @needs_project
 def test_hardware_is_named() -> None:
-    """By the log of a run: digits on a CPU depend on which it is."""
-    named = evaluation.hardware(torch.device("cpu"))
+    """Digits on a CPU depend on which it is."""
+    named = evaluation.hardware(CPU)
     processor, threads = re.fullmatch(r"cpu \((.+), (\d+) threads?\)", named).groups()
     assert int(threads) == torch.get_num_threads()
     cpuinfo = Path("/proc/cpuinfo")
@@ -2210,15 +2104,15 @@ def test_hardware_is_named() -> None:
 
 @needs_project
 def test_the_newest_checkpoint_is_that_written_last(tmp_path: Path) -> None:
-    """However deep it lies: those of the study are in a folder for each setting."""
+    """At any depth: those of the study are in a folder for each setting."""
     for written, name in enumerate(["b", "study/plain-0", "a"]):
         path = tmp_path / name / "checkpoint.pt"
         path.parent.mkdir(parents=True)
         path.touch()
         os.utime(path, (0, written))
-    assert evaluation.newest_checkpoint(tmp_path) == tmp_path / "a" / "checkpoint.pt"
+    assert evaluation.newest_checkpoint(tmp_path) == f"{tmp_path}/a/checkpoint.pt"
     os.utime(tmp_path / "study" / "plain-0" / "checkpoint.pt", (0, 9))
-    assert "study" in str(evaluation.newest_checkpoint(tmp_path))
+    assert "study" in evaluation.newest_checkpoint(tmp_path)
 
 
 @needs_project
@@ -2262,7 +2156,7 @@ def test_study_of_the_objects_of_others(tmp_path, monkeypatch, capsys) -> None:
 
     asked = []
     monkeypatch.setattr(evaluation, "choose_device", asked.append)
-    monkeypatch.setattr(vit, "load_run", lambda _: 1 / 0)
+    monkeypatch.setattr(vit, "read_checkpoint", lambda _: 1 / 0)
     for changed in ({}, {"device": "NVIDIA H200"}):
         (run_folder / "eval.json").write_text(json.dumps(found | changed))
         with pytest.raises(ZeroDivisionError):
@@ -2331,95 +2225,64 @@ def test_study_by_the_pixels(tmp_path, capsys) -> None:
 
 @needs_project
 def test_corruption_means() -> None:
-    def errors(by_name: dict[str, Sequence[float]]) -> dict[tuple[str, int], float]:
-        return {
-            (name, severity): error
-            for name, each in by_name.items()
-            for severity, error in enumerate(each, start=1)
-        }
-
-    alexnet = {name: [error] * 5 for name, error in evaluation.ALEXNET_ERRORS.items()}
-    mine = dict.fromkeys(alexnet, [50.0] * 5)
-    mine["fog"] = [10.0, 20.0, 30.0, 40.0, 100.0]  # 40 in the mean
-    mine["saturate"] = [99.0] * 5  # in no mean
-    found = evaluation.corruption_means(errors(mine), True, 1000)
+    levels = range(1, 6)
+    alexnet = {
+        n: dict.fromkeys(levels, e) for n, e in evaluation.ALEXNET_ERRORS.items()
+    }
+    mine = {name: dict.fromkeys(levels, 50.0) for name in alexnet}
+    mine["fog"] = dict(zip(levels, [10.0, 20.0, 30.0, 40.0, 100.0]))  # 40 in the mean
+    mine["saturate"] = dict.fromkeys(levels, 99.0)  # in no mean
+    found = evaluation.corruption_means(mine, mce=True)
     assert found["mean_error"] == pytest.approx((14 * 50 + 40) / 15)
     assert set(found["mean_over"]) == set(alexnet)
     assert found["ce"]["fog"] == pytest.approx(100 * 40 / 81.9324)
     assert found["mce"] == pytest.approx(statistics.mean(found["ce"].values()))
-    extra = errors(
-        {"saturate": [10.0], "spatter": [30.0]}
-    )  # but by themselves they are
-    assert evaluation.corruption_means(extra, False, 10)["mean_error"] == 20
-    # AlexNet itself has mCE 100.
-    found = evaluation.corruption_means(errors(alexnet), True, 1000)
-    assert found["mce"] == pytest.approx(100)
-    assert "mce" not in evaluation.corruption_means(errors(alexnet), True, 200)
-    del alexnet["snow"]
-    found = evaluation.corruption_means(errors(alexnet), True, 1000)
-    assert "mce" not in found
-    assert found["partial_mce"] == pytest.approx(100)
-    with pytest.raises(ValueError, match="severities 1 to 5 of fog; there are 1, 2"):
-        evaluation.corruption_means(errors({"fog": [1.0, 1.0]}), True, 1000)
-    with pytest.raises(ValueError, match="AlexNet's errors are of"):
-        evaluation.corruption_means(errors({"rain": [1.0] * 5}), True, 1000)
+    assert evaluation.corruption_means(alexnet, mce=True)["mce"] == pytest.approx(100)
+    extra = {"saturate": {1: 10.0}, "spatter": {1: 30.0}}  # alone they have a mean
+    assert evaluation.corruption_means(extra, mce=False)["mean_error"] == 20
+    for wrong in ({"fog": {1: 1.0, 2: 1.0}}, {"rain": dict.fromkeys(levels, 1.0)}):
+        with pytest.raises(ValueError, match="--mce needs all five severities of"):
+            evaluation.corruption_means(wrong, mce=True)
 
 
 @needs_project
 def test_corruptions_in_folders(tmp_path, monkeypatch, capsys) -> None:
     """ImageNet-C's layout: images are cropped alone, and classes matched by name."""
-    torch.manual_seed(0)
-    folder, names = tmp_path / "corrupted", ("fog", "snow", "saturate")
-    for name in names:
-        for path in (folder / name / str(severity) for severity in range(1, 6)):
-            for each in ("dog", "cat", "elk"):
-                (path / each).mkdir(parents=True)
-                image = F.interpolate(torch.rand(1, 3, 4, 6), (40, 60))[0]
-                v2.functional.to_pil_image(image).save(path / each / "0.png")
+    folder, names = tmp_path / "corrupted", ("fog", "saturate", "snow")
+    keys = [(name, level) for name in names for level in range(1, 6)]
+    for name, level in keys:
+        for each in ("dog", "cat", "elk"):
+            path = folder / name / str(level) / each
+            path.mkdir(parents=True)
+            image = F.interpolate(torch.rand(1, 3, 4, 6), (40, 60))[0]
+            v2.functional.to_pil_image(image).save(path / "0.png")
     model = small_model(img_size=24)
     for module in model.modules():  # without these the pixels decide
         if isinstance(module, torch.nn.LayerNorm):
             module.reset_parameters()
     model.head.bias.data.zero_()
     write_run(tmp_path / "run.pt", model)
-    command = f"--corruptions {folder} --mce"
-    found = numbers(monkeypatch, tmp_path, command)["corruptions"]
-    output = capsys.readouterr().out
-    assert "the mean CE of 2 of 15 corruptions and 3 of 1000 classes" in output
-    assert "restricted to its 3 of 5 classes" in output
-    normalize = data.normalizer(
-        data.IMAGENET_MEAN, data.IMAGENET_STD, torch.device("cpu")
-    )
-    errors = {}
+    by_crop = {}
     for crop in ("center", "resized"):
-        transform = data.test_transform(24, crop=crop)
+        errors = by_crop[crop] = {name: {} for name in names}
+        for name, level in keys:
+            path = folder / name / str(level)
+            logits, _, labels = outputs(model, path, crop=crop)
+            wrong = logits[:, [2, 3, 4]].argmax(1) != labels
+            errors[name][str(level)] = 100 * wrong.float().mean().item()
+    assert by_crop["center"] != by_crop["resized"]  # else it proves nothing
+    for options, crop in {"--mce": "center", "--crop resized": "resized"}.items():
+        options = f"--corruptions {folder} {options}"
+        found = numbers(monkeypatch, tmp_path, options)["corruptions"]
         for name in names:
-            for severity in range(1, 6):
-                path = folder / name / str(severity)
-                files = [path / each / "0.png" for each in ("cat", "dog", "elk")]
-                images = [transform(data.open_image(file)) for file in files]
-                with torch.inference_mode():
-                    logits, _ = model(normalize(torch.stack(images)))
-                wrong = logits[:, [2, 3, 4]].argmax(1) != torch.arange(3)
-                errors[crop, name, severity] = 100 * wrong.float().mean().item()
-    cropped = {name: {} for name in names}
-    for (crop, name, severity), error in errors.items():
+            assert found["errors"][name] == pytest.approx(by_crop[crop][name], abs=1e-4)
+        output = capsys.readouterr().out
+        assert "restricted to 3 of 5 classes" in output
+        means = evaluation.corruption_means(by_crop[crop], mce=crop == "center")
+        assert f"mean error {means['mean_error']:.2f} %, over fog, snow\n" in output
         if crop == "center":
-            cropped[name][str(severity)] = pytest.approx(error, abs=1e-4)
-    assert found["errors"] == cropped
-    assert [*errors.values()][:15] != [*errors.values()][15:]  # else it proves nothing
-    assert found["images"]["fog"]["3"] == 3
-    assert "partial_mce" in found
-
-    # An image that cannot be read is found late here: what was measured is kept.
-    (folder / "snow" / "2" / "dog" / "0.png").write_text("no image")
-    command = f"eval --device cpu --checkpoint {tmp_path}/run.pt --corruptions {folder}"
-    assert run(monkeypatch, f"{command} --json {tmp_path}/part.json") == 2
-    assert "snow/2/dog/0.png cannot be read" in capsys.readouterr().err
-    assert not (tmp_path / "part.json").exists()  # a complete one would still stand
-    part = json.loads((tmp_path / "part.json.incomplete").read_text())
-    assert not part["complete"]
-    assert part["corruptions"]["errors"]["snow"].keys() == {"1"}
+            mce = f"mCE {means['mce']:.2f} %, by the errors of AlexNet, over 2 of 15"
+            assert mce in output
 
 
 @needs_project
@@ -2427,229 +2290,177 @@ def test_corruptions_in_arrays(tmp_path, monkeypatch, capsys) -> None:
     """CIFAR-C's layout: severities one after the other."""
     folder = tmp_path / "CIFAR-C"
     folder.mkdir()
-    labels = torch.arange(15) % 5
-    pixels = torch.randint(256, (15, 32, 32, 3), dtype=torch.uint8)
+    labels = torch.cat([torch.randperm(5) for _ in range(5)])
+    pixels = torch.randint(256, (25, 32, 32, 3), dtype=torch.uint8)
     numpy.save(folder / "labels.npy", labels.numpy())
     numpy.save(folder / "fog.npy", pixels.numpy())
-    write_run(tmp_path / "run.pt", crop="whole")
+    write_run(tmp_path / "run.pt", crop="padded")
     found = numbers(monkeypatch, tmp_path, f"--corruptions {folder}")["corruptions"]
-    sets = data.load_corruptions(folder)
-    assert [*sets] == [("fog", severity) for severity in range(1, 6)]
-    second = sets["fog", 2]()
-    assert (second.images == pixels[3:6].numpy()).all()
-    assert second.targets.tolist() == [3, 4, 0]
+    sets = data.load_corruptions(folder)["fog"]
+    assert [*sets] == [1, 2, 3, 4, 5]
+    second = sets[2]()
+    assert (second.images == pixels[5:10].numpy()).all()
+    assert second.targets.equal(labels[5:10])
     errors = found["errors"]["fog"].values()
     assert found["mean_error"] == pytest.approx(statistics.mean(errors))
-    numpy.save(folder / "labels.npy", labels[:3].numpy())  # once for all severities
-    assert [load().targets.tolist() for load in sets.values()] == [[0, 1, 2]] * 5
-    for wrong in (pixels[:14], pixels.float()):
-        numpy.save(folder / "fog.npy", wrong.numpy())
-        with pytest.raises(ValueError, match=r"fog\.npy and labels\.npy are not 5"):
-            data.load_corruptions(folder)["fog", 1]()
-    with pytest.raises(FileNotFoundError, match="neither"):
-        data.load_corruptions(tmp_path)
-    numpy.save(folder / "fog.npy", pixels.numpy())
     command = f"eval --checkpoint {tmp_path}/run.pt --device cpu --corruptions {folder}"
-    numpy.save(folder / "labels.npy", labels.numpy())
     assert run(monkeypatch, f"{command} --mce") == 2
     assert "--mce takes the folders of ImageNet-C" in capsys.readouterr().err
     numpy.save(folder / "labels.npy", labels.numpy() + 5)
     assert run(monkeypatch, command) == 2
-    assert "has 5 classes" in capsys.readouterr().err
-    # With fifty labels for each severity, there would be one of the last class.
-    numpy.save(folder / "fog.npy", pixels.repeat(20, 1, 1, 1)[:250].numpy())
-    numpy.save(folder / "labels.npy", (torch.arange(250) % 4).numpy())
-    assert run(monkeypatch, command) == 2
-    assert "has 5 classes" in capsys.readouterr().err
+    assert "has 5 classes and" in capsys.readouterr().err
+    numpy.save(folder / "labels.npy", labels[:5].numpy())  # once for all severities
+    assert all(load().targets.equal(labels[:5]) for load in sets.values())
+    for wrong in (pixels[:24], pixels.float()):
+        numpy.save(folder / "fog.npy", wrong.numpy())
+        with pytest.raises(ValueError, match=r"fog\.npy and labels\.npy are not 5"):
+            data.load_corruptions(folder)["fog"][1]()
+    with pytest.raises(FileNotFoundError, match="neither"):
+        data.load_corruptions(tmp_path)
+
+
+# ------------------------------------------------------------------------- the picture
 
 
 @needs_project
-def test_the_picture_takes_any_image(tmp_path, monkeypatch, capsys) -> None:
-    folder = tmp_path / "images"
-    write_images(folder, ("a.png", "more/b.jpg"))
-    tall = v2.functional.to_pil_image(torch.rand(1, 90, 30))  # gray
-    tall.save(folder / "c.png")
-    wide = v2.functional.to_pil_image(torch.rand(3, 9, 200)).convert("RGBA")
-    wide.save(folder / "d.png")
-    (folder / "notes.txt").write_text("no image, and not taken for one")
-    write_run(tmp_path / "run.pt")
-    write_run(tmp_path / "other.pt", small_model(img_size=32))
-    picture = tmp_path / "picture.png"
+def test_a_head_is_drawn_as_it_is() -> None:
+    """Two components of different mass: attention, share and colors, patch by patch."""
+    similarity = torch.zeros(6, 6)
+    similarity[1:3, 1:3], similarity[4, 4] = 9, 5
+    tile = Image.new("RGB", (120, 120), (90, 60, 30))
+    tiles, *text = evaluation.draw_head(tile, similarity, 0.6)
+    attention, kept, components = (tile.load() for tile in tiles)
+    first, second, rest = (30, 30), (90, 90), (110, 50)
+    assert attention[first] == (253, 231, 37)
+    assert attention[rest] == (68, 1, 84)
+    assert kept[first] == (90, 60, 30)
+    assert kept[second] == kept[rest] != (90, 60, 30)
+    assert components[rest] == kept[rest]
+    for place, color in ((first, (230, 159, 0)), (second, (86, 180, 233))):
+        tinted = [0.75 * c + 0.25 * b for c, b in zip(color, kept[rest])]
+        assert components[place] == pytest.approx(tinted, abs=2)
+    entropy = spatial_entropy(similarity).item()
+    assert text == [f"H {entropy:.2f} nats", "2 components"]
+    *_, one = evaluation.draw_head(tile, torch.eye(6), 0.6)
+    assert one == "1 component"
 
-    def decode(file: Path) -> torch.Tensor:
-        return data.AS_TENSOR(data.open_image(file))
 
-    def draw(options: str) -> int:
-        command = f"eval --device cpu --checkpoint {tmp_path}/run.pt {options}"
-        return run(monkeypatch, f"{command} --attention {picture} --images {folder}")
-
-    assert draw("") == 0
-    alone = decode(picture)
-    assert draw(f"--compare {tmp_path}/other.pt") == 0
-    both = decode(picture)
-    assert both.shape[2] > alone.shape[2]
-    assert draw("--rows 1") == 0
-    assert decode(picture).shape[1] < alone.shape[1]
-    capsys.readouterr()
-    before = picture.read_bytes()
-    (folder / "b.png").write_text("no image")
-    assert draw("") == 2
-    assert "b.png cannot be read" in capsys.readouterr().err
-    assert picture.read_bytes() == before
-    shutil.rmtree(folder)
-    assert draw("") == 2
+@needs_project
+def test_the_picture(tmp_path, monkeypatch, capsys) -> None:
+    """Any image, two models, long and foreign names: nothing is lost or cut off."""
+    folder, drawn = tmp_path / "photos", {}
+    sizes = {"a": (90, 90), "b" * 150: (40, 120), "катя": (400, 50), "d": (30, 20)}
     folder.mkdir()
-    assert draw("") == 2
-    error = capsys.readouterr().err
-    assert "No such file or directory" in error
-    assert "there are no images in" in error
+    for name, size in sizes.items():
+        color = tuple(torch.randint(256, (3,)).tolist())
+        Image.new("RGB", size, color).save(folder / f"{name}.png")
+    (folder / ".hidden.png").write_text("no image")
+    write_run(tmp_path / "run.pt", dataset="shapes")
+    other = small_model(img_size=32, seed=1)
+    sar = {"dataset": "shapes", "sar_lambda": 0.3, "last_skip": False, "seed": 7}
+    write_run(tmp_path / "other.pt", other, **sar)
+    draw_row, write = evaluation.draw_row, evaluation.write
+    texts, rows = [], []
 
+    def remember(picture, place, text, *others) -> None:
+        texts.append(text)
+        before = picture.copy()
+        write(picture, place, text, *others)
+        left, top, right, bottom = ImageChops.difference(before, picture).getbbox()
+        assert min(left, top) > 0
+        assert right < picture.width
+        assert bottom < picture.height
 
-@needs_project
-def test_compared_models_are_checked(tmp_path, monkeypatch, capsys) -> None:
-    presets = {"embed_dim": 32, "depth": 3, "num_heads": 2}
-    monkeypatch.setitem(vit.MODELS, "vit_tiny", presets)
-    write_folder(tmp_path, CLASSES)
-    write_run(tmp_path / "run.pt")
-    weights = small_model(img_size=32, patch_size=16).state_dict()
-    torch.save(weights, tmp_path / "weights.pt")
-    command = f"eval --device cpu --attention {tmp_path}/a.png --rows 1"
-    both = f"--checkpoint {tmp_path}/run.pt --compare {tmp_path}/run.pt"
-    mixed = f"--checkpoint {tmp_path}/run.pt --compare {tmp_path}/weights.pt"
-    errors = {
-        f"{both} --model vit_base": "is a vit_mini, not a vit_base",
-        f"{both} --num-heads 4": "are for weights of others",
-        f"{mixed} --model vit_tiny --classes none": "are for weights of others",
-        f"{mixed} --model vit_tiny --img-size 24": "patch size 16 does not divide",
-        mixed: "do so with --model",
-    }
-    for options, message in errors.items():
-        assert run(monkeypatch, f"{command} {options}") == 2
-        output, error = capsys.readouterr()
-        assert message in error
-        assert output == ""
-    assert run(monkeypatch, f"{command} {mixed} --model vit_tiny") == 0
-    assert "was trained on" not in capsys.readouterr().out
-    write_run(tmp_path / "other.pt", dataset="shapes")
-    options = f"--checkpoint {tmp_path}/run.pt --compare {tmp_path}/other.pt"
-    assert run(monkeypatch, f"{command} {options}") == 0
-    sentence = (
-        f"{tmp_path}/run.pt was trained on folder, {tmp_path}/other.pt on shapes\n"
-    )
-    assert sentence in capsys.readouterr().out
+    def remember_row(image, caption, heads, *others):
+        drawn[caption] = [similarity for _, similarity in heads]
+        rows.append(draw_row(image, caption, heads, *others))
+        return rows[-1]
 
-
-@needs_project
-def test_the_picture_is_of_the_models_maps(tmp_path) -> None:
-    """At the size of the model, or one of the image's aspect; normalized as in training."""
-    mean, std, device = (0.5, 0.4, 0.3), (0.2, 0.3, 0.4), torch.device("cpu")
-    model = small_model(img_size=24)
-    trained = evaluation.Trained(model, tmp_path, [], {}, None, mean, std)
-    normalize = data.normalizer(mean, std, device)
-    images = [
-        torch.randint(256, (3, *size), dtype=torch.uint8)
-        for size in ((24, 24), (50, 72), (10, 200), (24, 24))
-    ]
-    sizes = [(24, 24), (24, 32), (24, 96), (24, 24)]
-    for image, size, found in zip(
-        images, sizes, evaluation.look_at(images, trained, None, device)
-    ):
-        resized = v2.functional.resize(image, size, v2.InterpolationMode.BICUBIC)
+    monkeypatch.setattr(evaluation, "write", remember)
+    monkeypatch.setattr(evaluation, "draw_row", remember_row)
+    file = tmp_path / "a.png"
+    options = f"--attention {file} --images {folder} --compare {tmp_path}/other.pt"
+    found = numbers(monkeypatch, tmp_path, options)
+    assert "accuracy" not in found
+    assert sorted(found["attention"]["images"]) == sorted(sizes) == sorted(drawn)
+    picture = Image.open(file)
+    assert picture.width == rows[0].width
+    assert picture.height == 60 + sum(row.height for row in rows)
+    assert {"plain ViT, shapes, seed 0", "SAR, lambda 0.3, shapes, seed 7"} <= {*texts}
+    assert all(name in "".join(texts) for name in sizes)
+    source = data.DATASETS["shapes"]
+    normalize = data.normalizer(source.mean, source.std, CPU)
+    for name, (height, width) in {
+        "a": (24, 24),
+        "катя": (24, 96),
+        "d": (24, 32),
+    }.items():
+        image = data.AS_TENSOR(Image.open(folder / f"{name}.png"))
+        model = small_model(img_size=24)
+        model.resize((height, width))
+        pixels = v2.functional.resize(image, (height, width), data.BICUBIC)
         with torch.inference_mode():
-            _, expected = trained.at(size)(normalize(resized[None]))
-        torch.testing.assert_close(found, expected[0])
-    for found in evaluation.look_at(images, trained, (16, 32), device):
-        assert found.shape == (2, 2, 4)
-    assert model.img_size == (24, 24)
+            _, maps = model(normalize(pixels[None]))
+        torch.testing.assert_close(torch.stack(drawn[name][:2]), maps[0])
+        assert len(drawn[name]) == 4
 
 
 @needs_project
-def test_the_picture_shows_what_it_says() -> None:
-    """Two components of different mass: their colors, and the text below them."""
-    similarity = torch.zeros(1, 6, 6)
-    similarity[0, 1:3, 1:3], similarity[0, 4, 4] = 9, 5
-    image = torch.full((3, 120, 120), 90, dtype=torch.uint8)
-    column, entropy = evaluation.draw_head(image, similarity[0], 0.6)
-    assert entropy == pytest.approx(spatial_entropy(similarity).item())
-    attention, kept, components = (
-        column[:, top : top + 120, :120] for top in (0, 126, 252)
-    )
-    bright = torch.tensor(evaluation.HEAT[-1], dtype=torch.uint8)
-    assert attention[:, 30, 30].equal(bright)
-    assert attention[:, 110, 110].tolist() == list(evaluation.HEAT[0])
-    assert kept[:, 30, 30].equal(image[:, 0, 0])  # holds the mass: as in the image
-    assert kept[:, 90, 90].equal(kept[:, 0, 0])  # does not
-    assert not kept[:, 90, 90].equal(image[:, 0, 0])
-    first, second = components[:, 30, 30].int(), components[:, 90, 90].int()
-    for color, pixel in zip(evaluation.PALETTE, (first, second)):
-        distances = (torch.tensor(evaluation.PALETTE) - pixel).abs().sum(1)
-        assert evaluation.PALETTE[distances.argmin()] == color
-    text = column[:, 378:].float().mean(0)
-    assert (text < 128).any()  # H and K
+@pytest.mark.parametrize(
+    "sar_lambda, last_skip, kind",
+    [
+        (0, True, "plain ViT"),
+        (0, False, "ViT with the modified last block"),
+        (0.3, True, "plain ViT with the loss, lambda 0.3"),
+        (0.01, False, "SAR, lambda 0.01"),
+    ],
+)
+def test_titles(sar_lambda, last_skip, kind) -> None:
+    settings = {"sar_lambda": sar_lambda, "last_skip": last_skip}
+    settings |= {"dataset": "pets", "seed": 3}
+    assert evaluation.title_of_run(settings) == f"{kind}, pets, seed 3"
 
 
 @needs_project
-def test_progress_is_shown_on_long_runs(monkeypatch, capsys) -> None:
+def test_the_end_of_an_evaluation(tmp_path, monkeypatch, capsys) -> None:
+    """Data are opened before anything is measured; JSON has null for NaN; Ctrl-C."""
+    monkeypatch.setattr(urllib.request, "urlopen", no_network)
+    write_folder(tmp_path, CLASSES)
+    model = small_model(img_size=24)
+    model.head.weight.data[:] = math.nan
+    write_run(tmp_path / "run.pt", model)
+    assert numbers(monkeypatch, tmp_path, "")["accuracy"]["loss"] is None
+    capsys.readouterr()
+    command = f"eval --checkpoint {tmp_path}/run.pt --device cpu --dataset folder"
+    assert run(monkeypatch, f"{command} --segmentation voc2012") == 2
+    output, error = capsys.readouterr()
+    assert "voc2012: not in" in error
+    assert "top-1" not in output
+    (tmp_path / "val" / "cat" / "0.png").write_text("no image")
+    assert run(monkeypatch, f"{command} --workers 1") == 2
+    assert "cat/0.png cannot be read" in (error := capsys.readouterr().err)
+    assert error.count("\n") == 1
+
+    def interrupt(*_) -> NoReturn:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(evaluation, "measure", interrupt)
+    assert run(monkeypatch, command) == 130
+    assert capsys.readouterr().err == ""
+
+
+@needs_project
+def test_progress(monkeypatch, capsys) -> None:
+    """A line a minute in a file."""
     clock = iter(range(0, 10_000, 50))  # seconds
     monkeypatch.setattr(evaluation.time, "perf_counter", lambda: next(clock))
+    args = argparse.Namespace(device=CPU, batch_size=2, workers=0, amp=False)
+    trained = argparse.Namespace(mean=data.IMAGENET_MEAN, std=data.IMAGENET_STD)
     dataset = torch.utils.data.TensorDataset(torch.zeros(8), torch.zeros(8))
-    loader = torch.utils.data.DataLoader(dataset, batch_size=2)
-    assert len(list(evaluation.progress(loader))) == 4
-    assert (
-        capsys.readouterr().out
-        == "4 of 8 images, 1:40 left\n8 of 8 images, 0:00 left\n"
+    evaluation.measure(
+        lambda _, batches, *__: len(list(batches)), None, dataset, trained, args
     )
-
-
-@needs_project
-def test_results_replace_nothing_else(tmp_path, monkeypatch, capsys) -> None:
-    write_folder(tmp_path, CLASSES)
-    write_run(tmp_path / "run.pt")
-    command = f"eval --device cpu --checkpoint {tmp_path}/run.pt"
-    before = (tmp_path / "run.pt").read_bytes()
-    assert run(monkeypatch, f"{command} --json {tmp_path}/run.pt") == 2
-    assert (tmp_path / "run.pt").read_bytes() == before
-    assert run(monkeypatch, f"{command} --json /dev/null") == 2
-    both = f"--json {tmp_path}/val/../a.png --attention {tmp_path}/a.png"
-    assert run(monkeypatch, f"{command} {both}") == 2
-    images = f"--images {tmp_path} --attention {tmp_path}/val/cat/0.png"
-    assert run(monkeypatch, f"{command} {images}") == 2
-    (tmp_path / "loop.json").symlink_to(tmp_path / "loop.json")
-    assert run(monkeypatch, f"{command} --json {tmp_path}/loop.json") == 2
-    assert run(monkeypatch, f"{command} --json {tmp_path}/{'x' * 252}.json") == 2
-    (tmp_path / "b.json.partial").write_text("of the user")
-    assert run(monkeypatch, f"{command} --json {tmp_path}/b.json") == 2
-    assert (tmp_path / "b.json.partial").read_text() == "of the user"
-    output, error = capsys.readouterr()
-    assert output == ""  # nothing was measured
-    assert error.count("\n") == 7
-    (tmp_path / "target.json").write_text("{}")
-    (tmp_path / "link.json").symlink_to(tmp_path / "target.json")
-    assert run(monkeypatch, f"{command} --json {tmp_path}/link.json") == 0
-    assert (tmp_path / "link.json").is_symlink()
-    assert json.loads((tmp_path / "target.json").read_text())["complete"]
-
-
-@needs_project
-def test_json_has_null_for_what_is_not_finite() -> None:
-    given = {"a": [1.0, math.nan], "b": {"c": math.inf}, "d": (2, "e")}
-    assert evaluation.finite(given) == {
-        "a": [1.0, None],
-        "b": {"c": None},
-        "d": [2, "e"],
-    }
-
-
-@needs_project
-def test_evaluation_benchmark(monkeypatch, capsys) -> None:
-    monkeypatch.setattr(evaluation, "BENCHMARK_ROUNDS", 1)
-    tiny = {"embed_dim": 8, "depth": 1, "num_heads": 2}
-    monkeypatch.setitem(vit.MODELS, "vit_small", tiny)
-    monkeypatch.setitem(sys.modules, "timm", None)
-    assert run(monkeypatch, "eval --benchmark --device cpu --batch-size 1") == 0
-    output = capsys.readouterr().out
-    assert "evaluate" in output
-    assert "Jaccard index" in output
+    assert capsys.readouterr().out == "4 of 8 images\n8 of 8 images\n"
 
 
 # ------------------------------------------------------------ attention and objects
@@ -2851,21 +2662,22 @@ BAD_INPUT = {
     "train --train-size 100": "--train-size 100 exceeds the 80 training images",
     "train --batch-size 81": "--batch-size 81 exceeds the 80 training images",
     "train --device tpu": "tpu",
-    "train --dataset cifar100 --device cuda": "device cuda was asked for",
+    "train --dataset cifar100 --device cuda": "finds no device cuda",
     "eval": "no checkpoint.pt under runs",
     "eval --checkpoint none.pt": "no checkpoint at none.pt",
     "eval --checkpoint used/checkpoint.pt": "used/checkpoint.pt is damaged",
-    "eval --rows 0": "--rows",
-    "eval --rows 4": "--rows needs --attention",
-    "eval --protocol dino": "--protocol needs --segmentation or --attention",
-    "eval --benchmark --img-size 384": "--benchmark is of ViT-S/16 at 224 px, without",
+    "eval --checkpoint other.pt": "other.pt does not name its model: add --model",
+    "eval --checkpoint other.pt --model vit_tiny": "holds no Vision Transformer",
+    "eval --rows 0": "--rows must be at least 1",
+    "eval --device cuda:9": "finds no device cuda:9; --device cpu works everywhere",
+    "eval --num-heads 6": "unrecognized arguments: --num-heads 6",
+    "eval --attention picture.jpg": "--attention takes a file name with .png",
     "eval --attention none/picture.png": "none/picture.png",
     "eval --json none/numbers.json": "none/numbers.json",
     "eval --images used": "--images needs --attention",
     "eval --compare used/checkpoint.pt": "--compare needs --attention",
     "eval --mce": "--mce needs --corruptions",
-    "eval --img-size 1 2 3": "--img-size takes one number, or height and width",
-    "eval --std 0 0 1": "--std must be above 0",
+    "eval --img-size 32 48": "unrecognized arguments: 48",
     "eval --segmentation coco": "invalid choice: 'coco'",
     "eval --model resnet50": "invalid choice: 'resnet50'",
 }
@@ -2882,7 +2694,7 @@ def test_bad_input(command: str, tmp_path, monkeypatch, capsys) -> None:
     torch.save({"conv1.weight": torch.zeros(3)}, tmp_path / "other.pt")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(data, "SHAPES_COUNT", {"train": 80, "test": 40})
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     monkeypatch.setattr(urllib.request, "urlopen", no_network)
     assert run(monkeypatch, command) != 0
     error = capsys.readouterr().err

@@ -51,7 +51,13 @@ from data import (
 )
 from entropy import spatial_entropy
 from eval import choose_device, evaluate, hardware, say
-from model import MODELS, VisionTransformer, load_run, load_weights
+from model import (
+    MODELS,
+    VisionTransformer,
+    load_weights,
+    model_of_run,
+    read_checkpoint,
+)
 
 # Defaults: the authors' recipe for small datasets (DeiT's, for 100 epochs), and that of
 # shapes, a demonstration: two CPU cores, two minutes, a lambda that shows what SAR does.
@@ -495,7 +501,8 @@ def open_run(
     """Return model and checkpoint: those of the run to resume, or new ones."""
     file = Path(args.output_dir, "checkpoint.pt")
     if args.resume is not None and file.exists():
-        model, checkpoint = load_run(file)
+        checkpoint = read_checkpoint(file)
+        model = model_of_run(checkpoint, str(file))
         if checkpoint["classes"] != classes:
             raise ValueError(f"{args.resume} was trained on other classes")
         return model, checkpoint

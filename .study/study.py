@@ -470,7 +470,7 @@ def others(paths: list[Path]) -> None:
     """
     import data
     from eval import PROTOCOLS, choose_device, segment
-    from model import load_run
+    from model import model_of_run, read_checkpoint
 
     runs = []
     for path in paths:
@@ -487,7 +487,8 @@ def others(paths: list[Path]) -> None:
         device = choose_device("cpu" if on_cpu else "cuda")
         runs.append((path, record, measured, device))
     for path, record, measured, device in runs:
-        model, saved = load_run(path)
+        saved = read_checkpoint(path)
+        model = model_of_run(saved, str(path))
         settings = saved["settings"]
         dataset = settings["dataset"]
         masked = data.load_masks(dataset, settings["data_dir"], model.img_size)
@@ -521,9 +522,10 @@ def gradients(path: Path) -> None:
 
     import data
     from entropy import spatial_entropy
-    from model import load_run
+    from model import model_of_run, read_checkpoint
 
-    model, saved = load_run(path)
+    saved = read_checkpoint(path)
+    model = model_of_run(saved, str(path))
     settings = saved["settings"]
     dataset = settings["dataset"]
     transform = data.test_transform(settings["img_size"], crop=settings["crop"])
