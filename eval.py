@@ -13,7 +13,7 @@ Pretrained checkpoints of timm, DeiT and DINO need --model, which the files do n
     python eval.py --checkpoint dino_deitsmall16_pretrain.pth --model vit_small \\
         --segmentation voc2012 --protocol dino
 
-Accuracy is measured if --dataset is given, or if nothing else is asked for.
+Without --segmentation, --corruptions and --images, or with --dataset, accuracy is measured.
 """
 
 import argparse
@@ -40,11 +40,10 @@ import torch.distributed as dist
 import torch.nn.functional as F
 import torchvision
 from PIL import Image, ImageDraw, ImageFont, ImageOps
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
 import data
-from data import IMAGENET_MEAN, IMAGENET_STD, MASKS, VOID, normalizer
 from entropy import (
     component_masses,
     connected_components,
@@ -68,16 +67,12 @@ def choose_device(name: str | None) -> torch.device:
 
     Raise ValueError if it is not available.
     """
-    counts = {"cuda": torch.cuda.device_count(), "mps": 0, "cpu": 1}
-    counts["mps"] = int(torch.backends.mps.is_available())
-    if name is None:
-        name = next(kind for kind, count in counts.items() if count)
-    kind, _, index = name.partition(":")
-    if int(index or 0) >= counts.get(kind, 0):
-        raise ValueError(
-            f"PyTorch {torch.__version__} finds no device {name}; --device cpu works "
-            "everywhere"
-        )
+    counts = {"cuda": torch.cuda.device_count()}
+    counts |= {"mps": int(torch.backends.mps.is_available()), "cpu": 1}
+    name = name or next(kind for kind, count in counts.items() if count)
+    found = re.fullmatch(r"(cuda|mps|cpu)(?::(\d+))?", name)
+    if not found or int(found[2] or 0) >= counts[found[1]]:
+        raise ValueError(f"device {name} is not available; try --device cpu")
     return torch.device(name)
 
 
@@ -89,19 +84,17 @@ def hardware(device: torch.device) -> str:
     if cpuinfo.exists():  # on Linux, platform.processor() names the architecture only
         found = re.search(r"model name\s*: *(\S.*)", cpuinfo.read_text())
         name = found[1] if found else name
-    threads = torch.get_num_threads()
-    return f"{device.type} ({name}, {threads} thread{'s' * (threads > 1)})"
+    return f"{device.type} ({name}, threads: {torch.get_num_threads()})"
 
 
 def say(text: str, stays: bool = True) -> None:
-    """Print a line; one that does not stay is for terminals, and is overwritten."""
-    if not sys.stdout.isatty():
-        if stays:
-            print(text, flush=True)
-        return
-    if not stays:
-        text = text[: shutil.get_terminal_size().columns - 1]
-    print(f"\r\033[K{text}", end="\n" if stays else "", flush=True)
+    """Print a line. With stays=False, on a terminal only, the next line replaces it."""
+    if sys.stdout.isatty():
+        if not stays:
+            text = text[: shutil.get_terminal_size().columns - 1]
+        print(f"\r\033[K{text}", end="\n" if stays else "", flush=True)
+    elif stays:
+        print(text, flush=True)
 
 
 # -------------------------------------------------------------------------- accuracy
@@ -126,11 +119,11 @@ def evaluate(
         classes: the model's class of each label, int64; other logits are dropped.
 
     Returns:
-        images, the number of these; loss (cross-entropy), acc1, acc5 (percent), entropy
-        (nats) and components, means over images; the latter two also _per_head, lists.
+        images (their number); loss (cross-entropy), acc1, acc5 (percent), entropy (nats)
+        and components, means over images; the latter two also _per_head, lists.
     """
     model.eval()
-    batches = []  # of numbers of each image, which stay on the device until the end
+    batches = []  # results by image; on the device until the end, which does not wait
     for images, labels in loader:
         images = normalize(images.to(device, non_blocking=True))
         labels = labels.to(device, non_blocking=True)
@@ -195,32 +188,25 @@ ALEXNET_ERRORS = {
     "pixelate": 71.7840,
     "jpeg_compression": 60.6500,
 }
-# Made for validation, and in none of the paper's means.
+# For validation: the paper's means exclude them.
 EXTRA_CORRUPTIONS = ("speckle_noise", "gaussian_blur", "spatter", "saturate")
 
 
 def corruption_means(errors: dict[str, dict[int, float]], mce: bool) -> dict:
     """Average errors, in percent by corruption and severity.
 
-    Return mean_error, over severities, then corruptions; mean_over, the names of these,
-    without EXTRA_CORRUPTIONS if there are others. With `mce` also ce by name, the error
-    over AlexNet's in percent, and mce, its mean over those of ImageNet-C's 15 corruptions
-    that are there (arXiv 1903.12261, section 4). Raise ValueError if none is, or if one
-    lacks a severity.
+    Return mean_error, over severities, then corruptions, without EXTRA_CORRUPTIONS if
+    there are others. With `mce` also ce by name, the error over AlexNet's in percent, and
+    mce, its mean over those of ImageNet-C's 15 corruptions that are there (arXiv
+    1903.12261, section 4).
     """
     means = {name: statistics.mean(each.values()) for name, each in errors.items()}
-    names = [name for name in means if name not in EXTRA_CORRUPTIONS] or list(means)
-    mean_error = statistics.mean(means[name] for name in names)
-    result = {"mean_error": mean_error, "mean_over": names}
+    main = [means[name] for name in means if name not in EXTRA_CORRUPTIONS]
+    result = {"mean_error": statistics.mean(main or means.values())}
     if mce:
         known = [name for name in ALEXNET_ERRORS if name in errors]
-        if not known or any(len(errors[name]) < 5 for name in known):
-            every = ", ".join(ALEXNET_ERRORS)
-            raise ValueError(f"--mce needs all five severities of {every}")
-        result["ce"] = {
-            name: 100 * means[name] / ALEXNET_ERRORS[name] for name in known
-        }
-        result["mce"] = statistics.mean(result["ce"].values())
+        ce = {name: 100 * means[name] / ALEXNET_ERRORS[name] for name in known}
+        result |= {"ce": ce, "mce": statistics.mean(ce.values())}
     return result
 
 
@@ -236,22 +222,20 @@ class Protocol:
     void_counts: bool  # void pixels count as background; else they are excluded
 
 
-# DINO's, Caron et al. (arXiv 2104.14294), Fig. 4; that of the authors of SAR, in their
-# code; that of Naseer et al., "Intriguing Properties of Vision Transformers" (arXiv
-# 2105.10497), in theirs. DINO does not print its input size: 480 is the default of its
-# code for pictures of attention.
+# DINO: Caron et al. (arXiv 2104.14294), Fig. 4, which does not give the input size; 480 is
+# the default of its code for pictures. SAR: the authors' code. IPViT: the code of Naseer et
+# al. (arXiv 2105.10497).
 PROTOCOLS = {
     "dino": Protocol(size=480, mass=0.6, void_counts=False),
     "sar": Protocol(size=480, mass=0.6, void_counts=True),
     "ipvit": Protocol(size=512, mass=0.9, void_counts=True),
 }
-# The protocols are made for these photographs. The images of other datasets are small, and
-# are taken at the size of the model's input.
+# The size is for these datasets; the small images of others have the model's input size.
 PHOTOGRAPHS = ("voc2012", "pets")
 
 
 def mass_mask(similarity: torch.Tensor, mass: float) -> torch.Tensor:
-    """Mask the fewest patches that hold the share `mass` of the attention to patches.
+    """Select the fewest patches that hold a share `mass` of the attention to patches.
 
     The most attended come first, until they hold the share (to 1e-5, so that rounding
     adds no patch); all patches attended as much as the last one are kept. `similarity`,
@@ -259,10 +243,12 @@ def mass_mask(similarity: torch.Tensor, mass: float) -> torch.Tensor:
     is NaN or +inf.
     """
     attention = similarity.float().flatten(-2).softmax(-1)
-    falling = attention.sort(-1, descending=True).values
-    before = falling.cumsum(-1) - falling  # the mass of the patches that come before
+    descending = attention.sort(-1, descending=True).values
+    before = (
+        descending.cumsum(-1) - descending
+    )  # the mass of the patches that come before
     kept = (before < mass - 1e-5).sum(-1, keepdim=True)
-    least = falling.gather(-1, (kept - 1).clamp(min=0))
+    least = descending.gather(-1, (kept - 1).clamp(min=0))
     return (attention >= least).view_as(similarity)
 
 
@@ -286,7 +272,7 @@ def jaccard(
     count, _, height, width = patches.shape
     pixels = masks.unflatten(2, (width, -1)).unflatten(1, (height, -1))
     pixels = pixels.transpose(2, 3).flatten(3).flatten(1, 2)  # (B, H * W, of a patch)
-    pixels = pixels.where(pixels != VOID, objects + 1).long()
+    pixels = pixels.where(pixels != data.VOID, objects + 1).long()
     areas = pixels.new_zeros(count, height * width, objects + 2, dtype=torch.float32)
     areas.scatter_add_(2, pixels, torch.ones((), device=areas.device).expand_as(pixels))
     inside, void = areas[..., 1:-1], areas[..., -1:]  # (B, H * W, objects), (.., 1)
@@ -332,29 +318,27 @@ def segment(
             _, similarity = model(images)
         rules = mass_mask(similarity, protocol.mass), threshold_at_mean(similarity) > 0
         patches = torch.cat(rules, 1)  # (B, 2 * heads, H, W)
-        index, there = jaccard(patches, masks, objects, protocol.void_counts)
-        finite = 0 * similarity.sum((-2, -1))  # or NaN, as a broken model has no index
+        index, present = jaccard(patches, masks, objects, protocol.void_counts)
+        finite = 0 * similarity.sum((-2, -1))  # NaN if a score is not finite
         index = index.unflatten(1, (2, -1)) + finite[:, None, :, None]
-        some = there.any(1)
-        index, number = index[some], there[some].sum(1)  # (b, 2, heads, objects), (b,)
+        some = present.any(1)
+        index, number = (
+            index[some],
+            present[some].sum(1),
+        )  # (b, 2, heads, objects), (b,)
         heads = 100 * index.sum(-1) / number[:, None, None]  # (b, 2, heads)
         best = 100 * index.amax(2).sum(-1) / number[:, None]  # (b, 2)
         batch = {"jaccard_mass": best[:, 0], "jaccard_mass_per_head": heads[:, 0]}
         batch |= {"jaccard_mean": best[:, 1], "jaccard_mean_per_head": heads[:, 1]}
         batches.append(batch | _statistics(similarity))
     means, counts = _average(batches, device)
-    with_objects = counts["jaccard_mass"]
-    return {
-        "images": counts["entropy_per_head"],
-        "images_with_objects": with_objects,
-        **means,
-    }
+    images, with_objects = counts["entropy_per_head"], counts["jaccard_mass"]
+    return {"images": images, "images_with_objects": with_objects, **means}
 
 
 # ------------------------------------------------------------------------ the picture
 
-TILE, GAP, LINE = 128, 6, 18  # pixels: side of a tile, between tiles, line of text
-LEFT = 3 * TILE + 112  # pixels, for the image and the names of the rows
+TILE, GAP, LINE = 128, 6, 20  # pixels: side of a tile, space between, line of text
 LONGEST = 4  # an image with a larger aspect ratio is squeezed to this for the model
 # Viridis, from little attention to much, and Okabe and Ito's colors, from the heaviest
 # component on: color-blind readers can tell both apart.
@@ -371,23 +355,42 @@ def font(size: int) -> ImageFont.FreeTypeFont:
     return ImageFont.load_default(size)
 
 
-def write(
-    picture: Image.Image, place: tuple, text: str, size: int, anchor: str, width: int
-) -> None:
-    """Write a line of text, smaller if it would be wider than `width` pixels."""
+def label(text: str, width: int, height: int = LINE, size: int = 16) -> Image.Image:
+    """Write text into the middle of a white box, smaller if it would not fit."""
+    box = Image.new("RGB", (width, height), "white")
     fitting = int(size * width / max(font(size).getlength(text), 1))
     letters = font(max(min(size, fitting), 1))
-    ImageDraw.Draw(picture).text(place, text, "black", letters, anchor)
+    ImageDraw.Draw(box).text((width / 2, height / 2), text, "black", letters, "mm")
+    return box
 
 
-def draw_head(
-    tile: Image.Image, similarity: torch.Tensor, mass: float
-) -> tuple[list[Image.Image], str, str]:
+def stack(images: list[Image.Image], across: bool = False) -> Image.Image:
+    """Put images below each other, centered, or side by side."""
+    axis = 0 if across else 1
+    size = [max(image.size[n] for image in images) for n in (0, 1)]
+    size[axis] = sum(image.size[axis] + GAP for image in images)
+    picture, place = Image.new("RGB", size, "white"), [0, 0]
+    for image in images:
+        if not across:
+            place[0] = (picture.width - image.width) // 2
+        picture.paste(image, tuple(place))
+        place[axis] += image.size[axis] + GAP
+    return picture
+
+
+def enlarge(image: Image.Image, side: int) -> Image.Image:
+    """Resize to a longer side in pixels; those of a small image become squares."""
+    factor, modes = side / max(image.size), Image.Resampling
+    size = [max(round(factor * length), LINE) for length in image.size]
+    return image.resize(size, modes.NEAREST if factor > 1 else modes.LANCZOS)
+
+
+def draw_head(tile: Image.Image, similarity: torch.Tensor, mass: float) -> Image.Image:
     """Draw what one head attends to in an image, of the size of a tile.
 
-    Return three tiles and two lines of text: the attention, from 0 to its maximum; the
-    patches that hold the share `mass` of it; the connected components of the foreground,
-    where the similarity, (H, W), is above its mean; their spatial entropy and number.
+    From top to bottom: the attention, from 0 to its maximum; the patches that hold the
+    share `mass` of it; the connected components of the foreground, where the similarity,
+    (H, W), is above its mean; their spatial entropy and number.
     """
 
     def as_pixels(patches: torch.Tensor, value: int) -> Image.Image:
@@ -396,56 +399,22 @@ def draw_head(
         return Image.fromarray(pixels).resize(tile.size, Image.Resampling.NEAREST)
 
     attention = similarity.flatten().softmax(0).view_as(similarity)
-    gray = as_pixels(attention / attention.max(), 255)
-    heat = ImageOps.colorize(gray, DARK, BRIGHT, MIDDLE)
-    white = Image.new("RGB", tile.size, "white")
-    faded = Image.blend(tile.convert("L").convert("RGB"), white, 0.65)
+    heat = as_pixels(attention / attention.max(), 255)
+    heat = ImageOps.colorize(heat, DARK, BRIGHT, MIDDLE)
+    gray = Image.new("RGB", tile.size, "darkgray")
+    faded = Image.blend(tile.convert("L").convert("RGB"), gray, 0.65)
     kept = Image.composite(tile, faded, as_pixels(mass_mask(similarity, mass), 255))
 
     activation = threshold_at_mean(similarity)
     labels = connected_components(activation > 0)
     masses = labels.flatten().bincount(activation.flatten())
     count = int((masses > 0).sum())
-    for n, label in enumerate(masses.argsort(descending=True)[:count]):
+    for n, component in enumerate(masses.argsort(descending=True)[:count]):
         color = PALETTE[n % len(PALETTE)]
-        faded.paste(color, mask=as_pixels(labels == label, 190))
+        faded.paste(color, mask=as_pixels(labels == component, 190))
     nats = f"H {entropy_of_masses(masses):.2f} nats"
-    return [heat, kept, faded], nats, f"{count} component{'s' * (count != 1)}"
-
-
-def enlarge(image: Image.Image, factor: float) -> Image.Image:
-    """Resize an image; if it is small, its pixels become squares."""
-    size = [max(round(factor * side), 1) for side in image.size]
-    modes = Image.Resampling
-    return image.resize(size, modes.NEAREST if factor > 1 else modes.LANCZOS)
-
-
-def draw_row(
-    image: Image.Image,
-    caption: str,
-    heads: list[tuple[int, torch.Tensor]],
-    mass: float,
-    width: int,
-) -> Image.Image:
-    """Draw an image, large, and its heads: (x in pixels, similarity map) of each."""
-    scale = TILE / max(image.size)
-    small, large = (enlarge(image, factor * scale) for factor in (1, 3))
-    step = max(small.height, LINE) + GAP
-    text = textwrap.wrap(caption, 52)
-    row = Image.new("RGB", (width, 3 * step + (1 + max(len(text), 2)) * LINE), "white")
-    row.paste(large, (GAP, 0))
-    for n, line in enumerate(text):
-        write(row, (GAP, 3 * step + n * LINE), line, 14, "la", 3 * TILE)
-    for n, name in enumerate(("attention", f"{mass:.0%} of it", "components")):
-        middle = n * step + small.height / 2
-        write(row, (LEFT, middle), name, 14, "rm", LEFT - 3 * TILE - 2 * GAP)
-    for x, similarity in heads:
-        tiles, *lines = draw_head(small, similarity, mass)
-        for n, tile in enumerate(tiles):
-            row.paste(tile, (x + (TILE - tile.width) // 2, n * step))
-        for n, line in enumerate(lines):
-            write(row, (x + TILE / 2, 3 * step + n * LINE), line, 13, "ma", TILE)
-    return row
+    number = f"{count} component{'s' * (count != 1)}"
+    return stack([heat, kept, faded, label(nats, TILE), label(number, TILE)])
 
 
 def draw_attention(
@@ -459,28 +428,24 @@ def draw_attention(
     The images have any size and aspect; `maps` are, by the title of the model, the
     similarity maps of the images, float32 (heads, H, W); `mass` as in `draw_head`.
     """
-    columns, right = [], LEFT  # x of the heads of each model, in pixels
-    for first, *_ in maps.values():
-        left = right + 2 * GAP
-        right = left + len(first) * (TILE + GAP)
-        columns.append(range(left, right, TILE + GAP))
-    header = Image.new("RGB", (right, 60), "white")
-    for title, heads in zip(maps, columns):
-        width = len(heads) * (TILE + GAP) - GAP
-        write(header, (heads[0] + width / 2, 8), title, 18, "ma", width)
-        for n, x in enumerate(heads, start=1):
-            write(header, (x + TILE / 2, 36), f"head {n}", 14, "ma", TILE)
-    rows = [header]
-    for image, caption, *each in zip(images, captions, *maps.values()):
-        places = [x for heads in columns for x in heads]
-        heads = [similarity for heads in each for similarity in heads]
-        rows.append(draw_row(image, caption, list(zip(places, heads)), mass, right))
-    picture = Image.new("RGB", (right, sum(row.height for row in rows)), "white")
-    y = 0
-    for row in rows:
-        picture.paste(row, (0, y))
-        y += row.height
-    return picture
+    side, margin = 3 * TILE, 120  # pixels, of the image and the names of the tiles
+    names = "attention", f"{mass:.0%} of it", "components"
+    blocks = []
+    for title, (first, *_) in maps.items():
+        heads = [label(f"head {n}", TILE) for n in range(1, 1 + len(first))]
+        heads = stack(heads, across=True)
+        blocks.append(stack([label(title, heads.width, 30, 24), heads]))
+    rows = [stack([label("", side), label("", margin), *blocks], across=True)]
+    for n, image in enumerate(images):
+        tile = enlarge(image, TILE)
+        text = [label(line, side) for line in textwrap.wrap(captions[n], 44)]
+        columns = [stack([enlarge(image, side), *text])]
+        columns.append(stack([label(name, margin, tile.height) for name in names]))
+        for each in maps.values():
+            heads = [draw_head(tile, similarity, mass) for similarity in each[n]]
+            columns.append(stack(heads, across=True))
+        rows.append(stack(columns, across=True))
+    return ImageOps.expand(stack(rows), GAP, "white")
 
 
 # -------------------------------------------------------------------- trained models
@@ -492,7 +457,7 @@ PRETRAINED |= {"amp": False, "device": "cpu"}
 
 @dataclass
 class Trained:
-    """A model, and what is known of its training."""
+    """A loaded model, and what is known of its training."""
 
     model: VisionTransformer  # on the device, at the size of its training
     path: str
@@ -530,7 +495,9 @@ def load_trained(path: str, args: Namespace) -> Trained:
         model, loaded = model_of_weights(weights, MODELS[args.model], path)
         settings, classes, title = PRETRAINED, None, Path(path).stem
         if args.classes:
-            classes = read_classes(args.classes, len(weights.get("head.weight", ())))
+            classes = read_class_names(
+                args.classes, len(weights.get("head.weight", ()))
+            )
         mean, std = tuple(args.mean), tuple(args.std)
         say(f"{loaded}; images are normalized with mean {mean}, std {std}")
     model.to(args.device).eval()
@@ -539,27 +506,24 @@ def load_trained(path: str, args: Namespace) -> Trained:
 
 def title_of_run(settings: Mapping) -> str:
     sar_lambda, last_skip = settings["sar_lambda"], settings["last_skip"]
-    if sar_lambda == 0:
-        kind = "plain ViT" if last_skip else "ViT with the modified last block"
-    else:
-        kind = "plain ViT with the loss" if last_skip else "SAR"
-        kind += f", lambda {sar_lambda:g}"
+    kind = f"SAR, lambda {sar_lambda:g}" if sar_lambda else "plain ViT"
+    if last_skip != (sar_lambda == 0):  # not the paper's pairing
+        kind += " --last-skip" if last_skip else " --no-last-skip"
     return f"{kind}, {settings['dataset']}, seed {settings['seed']}"
 
 
 def newest_checkpoint(runs: str | os.PathLike = "runs") -> str:
     """Return the checkpoint that was written last under `runs`, at any depth."""
-    found = Path(runs).rglob("checkpoint.pt")
-    newest = max(found, key=lambda path: path.stat().st_mtime, default=None)
-    if newest is None:
+    found = sorted(Path(runs).rglob("checkpoint.pt"), key=os.path.getmtime)
+    if not found:
         raise FileNotFoundError(
             f"no checkpoint.pt under {runs}: train with python train.py, or use "
             "--checkpoint"
         )
-    return str(newest)
+    return str(found[-1])
 
 
-def read_classes(path: str, count: int) -> list[str]:
+def read_class_names(path: str, count: int) -> list[str]:
     """Read the names of classes, in order: lines of a file, or folders of a folder.
 
     Of a line of ImageNet's LOC_synset_mapping.txt, the WordNet id is the name.
@@ -571,17 +535,17 @@ def read_classes(path: str, count: int) -> list[str]:
         lines = [line.strip() for line in text.splitlines() if line.strip()]
         names = [re.sub(r"^(n\d{8})\b.*", r"\1", line) for line in lines]
     if not len(set(names)) == len(names) == count:
-        found = f"{len(names)} names, {len(set(names))} different ones"
-        raise ValueError(f"{path} has {found}, but the model has {count} classes")
+        distinct = f"{len(names)} class names, {len(set(names))} of them distinct"
+        raise ValueError(f"{path} lists {distinct}; the model has {count} classes")
     return names
 
 
 def match_classes(
     trained: Trained, dataset: data.Images, name: str
 ) -> torch.Tensor | None:
-    """Find the model's class of each class of a dataset, by name.
+    """Map the classes of a dataset to those of the model, by name.
 
-    Return int64 (classes,), or None if there are no names and the order has to do.
+    Return int64 (classes,), or None if there are no names, so that the order is used.
     """
     path, known = trained.path, trained.classes
     count = getattr(trained.model.head, "out_features", 0)
@@ -594,12 +558,12 @@ def match_classes(
                 f"{path} has {count} classes and {name} {there}, and without names they "
                 "cannot be matched; --classes names those of a pretrained checkpoint"
             )
-        say(f"{name}: classes are matched by their order, not by names")
+        say(f"{name}: there are no class names, so classes are matched by their order")
         return None
     if unknown := [each for each in dataset.classes if each not in known]:
         raise ValueError(
-            f"{len(unknown)} of the {len(dataset.classes)} classes of {name} are unknown "
-            f"to {path}: {', '.join(unknown[:5])}"
+            f"{path} does not know {len(unknown)} of the {len(dataset.classes)} classes "
+            f"of {name}, such as {', '.join(unknown[:5])}"
         )
     classes = torch.tensor([known.index(each) for each in dataset.classes])
     if len(classes) < count:
@@ -609,39 +573,40 @@ def match_classes(
 
 # ------------------------------------------------------------------------ four parts
 #
-# Each opens its data up to `yield`, and then measures, prints and adds to the report: so
-# all data are opened before anything is measured.
+# Each is a generator: it opens its data, yields, and then measures, prints and adds to the
+# report. So a dataset that is not there is found before anything is measured.
+
+
+def progress(loader: DataLoader) -> Iterator:
+    """Yield the batches; print how far they are, in a file once a minute."""
+    stays = not sys.stdout.isatty()
+    shown = time.perf_counter()
+    for n, batch in enumerate(loader, start=1):
+        yield batch
+        if time.perf_counter() - shown > (60 if stays else 0.2):
+            shown = time.perf_counter()
+            say(f"{n} of {len(loader)} batches", stays)
 
 
 def measure(
-    how: Callable,
+    function: Callable,
     model: VisionTransformer,
     dataset: Dataset,
     trained: Trained,
     args: Namespace,
     *others: object,
 ) -> dict:
-    """Call `evaluate` or `segment`; a line says how far it is, in a file once a minute."""
+    """Call `evaluate` or `segment` on a dataset."""
     options = {"workers": args.workers, "pin_memory": args.device.type == "cuda"}
     loader = data.make_loader(dataset, args.batch_size, train=False, **options)
-
-    def progress() -> Iterator:
-        seen, shown = 0, time.perf_counter()
-        stays = not sys.stdout.isatty()
-        for batch in loader:
-            yield batch
-            seen, now = seen + len(batch[0]), time.perf_counter()
-            if now - shown > (60 if stays else 0.2):
-                shown = now
-                say(f"{seen} of {len(dataset)} images", stays)
-
-    normalize = normalizer(trained.mean, trained.std, args.device)
-    return how(model, progress(), normalize, args.device, args.amp, *others)
+    normalize = data.normalizer(trained.mean, trained.std, args.device)
+    given = model, progress(loader), normalize, args.device, args.amp
+    return function(*given, *others)
 
 
 def test_images(args: Namespace, transform: Callable) -> data.Images:
     if args.dataset is None:
-        raise ValueError("name a dataset with --dataset")
+        raise ValueError("the checkpoint does not name a dataset: add --dataset")
     return data.load_dataset(args.dataset, args.data_dir, "test", transform)
 
 
@@ -650,28 +615,22 @@ def say_input(name: str, model: VisionTransformer, args: Namespace) -> None:
     say(f"{name}, {size}, {args.device}, {'bfloat16' if args.amp else 'float32'}")
 
 
-def say_row(label: str, cells: Iterable[float | str], digits: int = 2) -> None:
-    cells = (c if isinstance(c, str) else f"{c:.{digits}f}" for c in cells)
-    say(f"{label:<24}" + "".join(f"{cell:>9}" for cell in cells))
+def say_row(label: str, numbers: Iterable[float], digits: int = 2) -> None:
+    say(f"{label:<24}" + "".join(f"{number:9.{digits}f}" for number in numbers))
 
 
-def say_heads(
-    result: dict, rows: dict[str, str], title: str, first: str, digits: int
-) -> None:
-    """Print a table: a number and that of each head, by key in `result` and label."""
+def say_heads(result: dict, first: str, digits: int, **labels: str) -> None:
+    """Print the value of each key of `result` in `labels`, then that of each head."""
     heads = range(1, 1 + len(result["entropy_per_head"]))
-    say_row(title, [first, *(f"head {n}" for n in heads)])
-    for key, label in rows.items():
+    say(f"{first:>33}" + "".join(f"{f'head {n}':>9}" for n in heads))
+    for key, label in labels.items():
         say_row(label, [result[key], *result[f"{key}_per_head"]], digits)
 
 
-ATTENTION = {
-    "entropy": "spatial entropy (nats)",
-    "components": "connected components",
-}
+ATTENTION = {"entropy": "spatial entropy, nats", "components": "connected components"}
 
 
-def accuracy(args: Namespace, trained: Trained, report: dict) -> Iterator[None]:
+def report_accuracy(args: Namespace, trained: Trained, report: dict) -> Iterator[None]:
     """Classify the test images of a dataset."""
     model, crop = trained.at(args.img_size), args.crop or trained.settings["crop"]
     dataset = test_images(args, data.test_transform(model.img_size[0], crop=crop))
@@ -681,38 +640,36 @@ def accuracy(args: Namespace, trained: Trained, report: dict) -> Iterator[None]:
     result = measure(evaluate, model, dataset, trained, args, classes)
     line = "{images} images   top-1 {acc1:.2f} %   top-5 {acc5:.2f} %   loss {loss:.4f}"
     say(line.format(**result))
-    say_heads(result, ATTENTION, "", "mean", digits=3)
+    say_heads(result, "mean", 3, **ATTENTION)
     where = {"dataset": args.dataset, "img_size": model.img_size, "crop": crop}
     report["accuracy"] = where | result
 
 
-def corruptions(args: Namespace, trained: Trained, report: dict) -> Iterator[None]:
+def report_corruptions(
+    args: Namespace, trained: Trained, report: dict
+) -> Iterator[None]:
     """Classify corrupted test images: the error by corruption and severity."""
     folder, model = args.corruptions, trained.at(args.img_size)
     found = data.load_corruptions(folder)
-
-    def read(load: Callable) -> data.Images:
-        images = load()
-        # ImageNet-C, which has names of classes, is resized already.
-        crop = "center" if images.classes else trained.settings["crop"]
-        crop = args.crop or crop
-        images.transform = data.test_transform(model.img_size[0], crop=crop)
-        return images
-
-    first = read(next(iter(next(iter(found.values())).values())))
+    first = next(load() for loads in found.values() for load in loads.values())
     classes = match_classes(trained, first, folder)
-    if args.mce and not first.classes:
-        raise ValueError(f"--mce takes the folders of ImageNet-C, not {folder}")
-    corruption_means({name: dict.fromkeys(found[name], 0) for name in found}, args.mce)
+    known = [len(found[name]) for name in ALEXNET_ERRORS if name in found]
+    if args.mce and not (first.classes and known and min(known) == 5):
+        raise ValueError("--mce needs corruptions of ImageNet-C, with five severities")
+    # ImageNet-C, which has names of classes, is resized already.
+    crop = args.crop or ("center" if first.classes else trained.settings["crop"])
+    transform = data.test_transform(model.img_size[0], crop=crop)
     yield
-    say_input(folder, model, args)
-    levels = sorted({level for each in found.values() for level in each})
-    say_row("error (%) at severity", [*map(str, levels), "mean"])
+    say_input(f"{folder}, crop {crop}", model, args)
+    levels = sorted({level for loads in found.values() for level in loads})
+    head = "".join(f"{level:>9}" for level in [*levels, "mean"])
+    say(f"{'error (%) at severity':<24}{head}")
     errors = {}
     for name, loads in found.items():
         errors[name] = {}
         for level, load in loads.items():
-            images = read(load)
+            images = load()
+            images.transform = transform
             if images.classes != first.classes:
                 raise ValueError(f"{folder}: {name}/{level} has other classes")
             result = measure(evaluate, model, images, trained, args, classes)
@@ -720,17 +677,19 @@ def corruptions(args: Namespace, trained: Trained, report: dict) -> Iterator[Non
         row = [errors[name].get(level, math.nan) for level in levels]
         say_row(name, [*row, statistics.mean(errors[name].values())])
     means = corruption_means(errors, args.mce)
-    say(f"mean error {means['mean_error']:.2f} %, over {', '.join(means['mean_over'])}")
+    say_row("mean error (%)", [means["mean_error"]])
     if args.mce:
         for name, ce in means["ce"].items():
             say_row(f"CE (%), {name}", [ce])
         over = f"{len(means['ce'])} of 15 corruptions, {len(first.classes)} classes"
         say(f"mCE {means['mce']:.2f} %, by the errors of AlexNet, over {over}")
-    where = {"folder": folder, "img_size": model.img_size}
+    where = {"folder": folder, "img_size": model.img_size, "crop": crop}
     report["corruptions"] = where | {"errors": errors} | means
 
 
-def segmentation(args: Namespace, trained: Trained, report: dict) -> Iterator[None]:
+def report_segmentation(
+    args: Namespace, trained: Trained, report: dict
+) -> Iterator[None]:
     """Compare the attention with the masks of objects."""
     name, protocol = args.segmentation, PROTOCOLS[args.protocol]
     size = protocol.size if name in PHOTOGRAPHS else None
@@ -744,15 +703,17 @@ def segmentation(args: Namespace, trained: Trained, report: dict) -> Iterator[No
     say(f"protocol {args.protocol}: {share}, void pixels {void}")
     result = measure(segment, model, masks, trained, args, protocol, masks.objects)
     say("{images} images, {images_with_objects} with objects".format(**result))
-    rules = {"jaccard_mass": share, "jaccard_mean": "S > mean"}
-    say_heads(result, rules, "Jaccard index (%)", "best", digits=2)
-    say_heads(result, ATTENTION, "", "mean", digits=3)
+    say("Jaccard index, percent")
+    say_heads(result, "best", 2, jaccard_mass=share, jaccard_mean="S > mean")
+    say_heads(result, "mean", 3, **ATTENTION)
     where = {"dataset": name, "img_size": model.img_size, "protocol": args.protocol}
     report["segmentation"] = where | result
 
 
 @torch.inference_mode()
-def look_at(image: Image.Image, trained: Trained, args: Namespace) -> torch.Tensor:
+def attention_maps(
+    image: Image.Image, trained: Trained, args: Namespace
+) -> torch.Tensor:
     """Return the similarity maps, (heads, H, W), of an image of any size.
 
     Its shorter side becomes that of the model; the longer one keeps the aspect ratio, to
@@ -764,37 +725,41 @@ def look_at(image: Image.Image, trained: Trained, args: Namespace) -> torch.Tens
     width, height = (min(scale * side, LONGEST * shorter) for side in image.size)
     size = round(height / patch) * patch, round(width / patch) * patch
     pixels = v2.functional.resize(data.AS_TENSOR(image), size, data.BICUBIC)
-    normalize = normalizer(trained.mean, trained.std, args.device)
+    normalize = data.normalizer(trained.mean, trained.std, args.device)
     _, similarity = trained.at(size)(normalize(pixels[None].to(args.device)))
     return similarity[0].float().cpu()
 
 
-def picture(args: Namespace, models: list[Trained], report: dict) -> Iterator[None]:
+def report_picture(args: Namespace, trained: Trained, report: dict) -> Iterator[None]:
     """Draw the attention on the images of a folder, or of the dataset."""
+    models = [trained] + ([load_trained(args.compare, args)] if args.compare else [])
+    for each in models:
+        each.at(args.img_size)  # raises if the patches do not fit
+    titles = [each.title for each in models]
+    if len(set(titles)) < len(titles):
+        titles = [each.path.removesuffix("/checkpoint.pt") for each in models]
     if args.images:
-        files = [args.images]
-        if not os.path.isfile(args.images):
-            files = data.list_images(args.images)[: args.rows]
+        one = os.path.isfile(args.images)
+        files = [args.images] if one else data.list_images(args.images)[: args.rows]
         if not files:
             raise FileNotFoundError(f"there are no images in {args.images}")
         images = [data.open_image(file) for file in files]
         captions = [Path(file).stem for file in files]
     else:
-        dataset = test_images(args, v2.Compose([data.AS_TENSOR, v2.ToPILImage()]))
+        dataset = test_images(args, v2.ToPILImage())
         count = min(args.rows, len(dataset))
         chosen = data.balanced_subset(dataset, count, seed=0).indices
-        images = [dataset[index][0] for index in chosen]
+        images = [dataset[index][0].convert("RGB") for index in chosen]
         labels = [dataset.classes[dataset.targets[index]] for index in chosen]
         captions = [f"{label}, image {index}" for label, index in zip(labels, chosen)]
-    titles = [each.title for each in models]
-    if len(set(titles)) < len(titles):
-        titles = [each.path.removesuffix("/checkpoint.pt") for each in models]
     yield
-    looks = [[look_at(image, each, args) for image in images] for each in models]
+    maps = {
+        title: [attention_maps(image, each, args) for image in images]
+        for title, each in zip(titles, models)
+    }
     mass = PROTOCOLS[args.protocol].mass
-    drawn = draw_attention(images, captions, dict(zip(titles, looks)), mass)
-    drawn.save(args.attention)
-    say(f"wrote {args.attention}")
+    draw_attention(images, captions, maps, mass).save(args.attention)
+    say(f"wrote {args.attention}, images: {len(images)}")
     report["attention"] = {"file": args.attention, "images": captions, "mass": mass}
 
 
@@ -811,8 +776,7 @@ def make_parser() -> argparse.ArgumentParser:
     path = os.path.expanduser
 
     add = parser.add_argument_group("what and how (defaults in brackets)").add_argument
-    checkpoint = "a run, or a pretrained checkpoint [the newest run under runs/]"
-    add("--checkpoint", type=path, metavar="PATH", help=checkpoint)
+    add("--checkpoint", type=path, help="a run or pretrained checkpoint [newest run]")
     add("--model-ema", action="store_true", help="evaluate the EMA weights [off]")
     add("--device", help="cuda, mps or cpu [the first available]")
     amp = "bfloat16 [as in training, on a device of the same kind]"
@@ -823,41 +787,33 @@ def make_parser() -> argparse.ArgumentParser:
     add("--json", type=path, metavar="FILE", help="write all measurements there")
 
     add = parser.add_argument_group("accuracy").add_argument
-    dataset = f"{', '.join(data.DATASETS)} [as in training]"
-    add("--dataset", choices=data.DATASETS, metavar="NAME", help=dataset)
-    data_dir = "folder of the datasets [as in training, or data]"
-    add("--data-dir", type=path, help=data_dir)
-    crop = "resize, then take the center; only take the center; or only resize "
-    crop += "[as in training]"
+    names = f"{', '.join(data.DATASETS)} [as in training]"
+    add("--dataset", choices=data.DATASETS, metavar="NAME", help=names)
+    add("--data-dir", type=path, help="of the datasets [as in training, or data]")
+    crop = "resize and take the center, or do one of the two [as in training]"
     add("--crop", choices=("resized", "center", "whole"), help=crop)
-    folder = "errors on ImageNet-C's folders [with --crop center] or CIFAR-C's arrays"
-    add("--corruptions", type=path, metavar="DIR", help=folder)
-    add("--mce", action="store_true", help="relate these to AlexNet's errors [off]")
+    corruptions = "folder of ImageNet-C (by default with --crop center) or CIFAR-C"
+    add("--corruptions", type=path, help=corruptions)
+    mce = "also the mean corruption error, relative to AlexNet's [off]"
+    add("--mce", action="store_true", help=mce)
 
     add = parser.add_argument_group("attention").add_argument
-    segments = f"compare it with the objects of {', '.join(MASKS)}"
-    add("--segmentation", choices=MASKS, metavar="NAME", help=segments)
-    protocol = "dialect of the Jaccard index [%(default)s]"
+    names = f"Jaccard index of attention and objects: {', '.join(data.MASKS)}"
+    add("--segmentation", choices=data.MASKS, metavar="NAME", help=names)
+    protocol = "variant of the Jaccard index [%(default)s]"
     add("--protocol", choices=PROTOCOLS, default="dino", help=protocol)
-    add("--attention", type=path, metavar="FILE.png", help="draw it")
-    images = "draw it on these images [those of the dataset]"
-    add("--images", type=path, metavar="FOLDER", help=images)
-    add("--compare", type=path, metavar="PATH", help="draw this checkpoint's beside it")
+    add("--attention", type=path, metavar="FILE.png", help="write a picture of it")
+    add("--images", type=path, help="folder of images for it [those of the dataset]")
+    add("--compare", type=path, help="a second checkpoint, drawn beside the first")
     add("--rows", type=int, default=4, help="images in the picture [%(default)s]")
 
     group = "pretrained checkpoints (a run has its own)"
     add = parser.add_argument_group(group).add_argument
     add("--model", choices=MODELS, help="what the file holds")
     floats = {"type": float, "nargs": 3, "metavar": "X"}
-    add(
-        "--mean",
-        **floats,
-        default=IMAGENET_MEAN,
-        help="of channels, 0 to 1 [ImageNet's]",
-    )
-    add(
-        "--std", **floats, default=IMAGENET_STD, help="of channels, 0 to 1 [ImageNet's]"
-    )
+    floats["help"] = "of each channel, on the scale 0 to 1 [ImageNet's]"
+    add("--mean", **floats, default=data.IMAGENET_MEAN)
+    add("--std", **floats, default=data.IMAGENET_STD)
     classes = "names of its classes: a file of lines, or a folder of class folders"
     add("--classes", type=path, metavar="PATH", help=classes)
     return parser
@@ -870,33 +826,45 @@ def parse_args() -> Namespace:
     for option, partner in partners.items():
         if getattr(args, option) and not getattr(args, partner):
             parser.error(f"--{option} needs --{partner}")
-    for option in ("batch_size", "img_size", "rows"):
-        if getattr(args, option) is not None and getattr(args, option) < 1:
-            parser.error(f"--{option.replace('_', '-')} must be at least 1")
-    for option in ("attention", "json"):
-        folder = os.path.dirname(getattr(args, option) or "") or "."
-        if not os.path.isdir(folder):
-            parser.error(f"--{option} {getattr(args, option)}: there is no {folder}")
-    if args.attention and not args.attention.lower().endswith(".png"):
-        parser.error(f"--attention takes a file name with .png, not {args.attention}")
+    limits = {"batch_size": 1, "img_size": 1, "rows": 1, "workers": 0}
+    for option, least in limits.items():
+        if getattr(args, option) is not None and getattr(args, option) < least:
+            parser.error(f"--{option.replace('_', '-')} must be at least {least}")
+    for option, suffix in {"attention": ".png", "json": ".json"}.items():
+        file = getattr(args, option) or f"a{suffix}"
+        folder = os.path.dirname(file) or "."
+        if not file.endswith(suffix) or not os.path.isdir(folder):
+            needed = f"a file name with {suffix}, in a folder that exists"
+            parser.error(f"--{option} takes {needed}, not {file}")
+    numbers = [*args.mean, *args.std]
+    if min(numbers) < 0 or max(numbers) > 1 or min(args.std) == 0:
+        parser.error("--mean and --std must be on the scale of 0 to 1")
     return args
 
 
 def run(args: Namespace) -> None:
     """Measure, print and draw what the command line asks for."""
     args.device = choose_device(args.device)
-    trained = load_trained(args.checkpoint or newest_checkpoint(), args)
-    models, settings = [trained], trained.settings
-    if args.compare:
-        models.append(load_trained(args.compare, args))
+    if args.checkpoint is None:
+        args.checkpoint = newest_checkpoint()
+    trained = load_trained(args.checkpoint, args)
+    if trained.settings is not PRETRAINED and args.model and not args.compare:
+        raise ValueError(f"{trained.path} is a run: --model is for other checkpoints")
     other = args.segmentation or args.corruptions or args.images
-    parts = [accuracy] if args.dataset or not other else []
-    parts += [corruptions] if args.corruptions else []
-    parts += [segmentation] if args.segmentation else []
-    for name in ("dataset", "data_dir", "batch_size"):
-        if getattr(args, name) is None:
-            setattr(args, name, settings[name])
-    if args.amp is None:  # as in training, on a device of the same kind
+    only_draw = args.attention and isinstance(trained.model.head, torch.nn.Identity)
+    parts = {
+        report_accuracy: (args.dataset or not other) and not only_draw,
+        report_corruptions: args.corruptions,
+        report_segmentation: args.segmentation,
+        report_picture: args.attention,
+    }
+    settings = trained.settings
+    if args.dataset is None and args.segmentation in data.DATASETS:
+        args.dataset = args.segmentation  # for the picture
+    args.dataset = args.dataset or settings["dataset"]
+    args.data_dir = args.data_dir or settings["data_dir"]
+    args.batch_size = args.batch_size or settings["batch_size"]
+    if args.amp is None:
         same = args.device.type == torch.device(settings["device"]).type
         args.amp = settings["amp"] and same
     report = {
@@ -909,18 +877,15 @@ def run(args: Namespace) -> None:
         "torch": torch.__version__,
         "torchvision": torchvision.__version__,
     }
-    started = [part(args, trained, report) for part in parts]
-    started += [picture(args, models, report)] if args.attention else []
-    for part in started:
+    opened = [part(args, trained, report) for part, asked in parts.items() if asked]
+    for part in opened:
         next(part)  # opens the data
-    for part in started:
+    for part in opened:
         next(part, None)  # measures
         if args.json:
-            # JSON has no word for what is not finite: null.
+            # JSON has no NaN or infinity: write null.
             plain = json.loads(json.dumps(report), parse_constant=lambda _: None)
             Path(args.json).write_text(json.dumps(plain, indent=2) + "\n")
-    if args.json:
-        say(f"wrote {args.json}")
 
 
 def main() -> None:
@@ -929,7 +894,7 @@ def main() -> None:
         run(args)
     except (OSError, ValueError) as error:
         say("", stays=False)
-        # Of a worker's error, which starts with a traceback, take the last line.
+        # A worker's error message is a traceback: take the last line.
         reason = (str(error).strip() or repr(error)).splitlines()[-1]
         print(f"eval.py: error: {reason.removeprefix('OSError: ')}", file=sys.stderr)
         sys.exit(2)
