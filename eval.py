@@ -123,7 +123,7 @@ def evaluate(
         and components, means over images; the latter two also _per_head, lists.
     """
     model.eval()
-    batches = []  # results by image; on the device until the end, which does not wait
+    batches = []  # numbers of each image; on the device until the end, to not wait for it
     for images, labels in loader:
         images = normalize(images.to(device, non_blocking=True))
         labels = labels.to(device, non_blocking=True)
@@ -161,7 +161,7 @@ def _average(
         means[name] = (sums[0] / sums[1]).tolist()
         counts[name] = int(sums[1].max())
     for name in ("entropy", "components"):
-        means[name] = statistics.mean(means[f"{name}_per_head"])
+        means[name] = statistics.fmean(means[f"{name}_per_head"])
     return means, counts
 
 
@@ -215,7 +215,7 @@ def corruption_means(errors: dict[str, dict[int, float]], mce: bool) -> dict:
 
 @dataclass(frozen=True)
 class Protocol:
-    """A dialect of the Jaccard index of attention and objects."""
+    """A variant of the Jaccard index of attention and objects."""
 
     size: int  # of the input, in pixels
     mass: float  # share of the attention that the kept patches hold
@@ -244,9 +244,7 @@ def mass_mask(similarity: torch.Tensor, mass: float) -> torch.Tensor:
     """
     attention = similarity.float().flatten(-2).softmax(-1)
     descending = attention.sort(-1, descending=True).values
-    before = (
-        descending.cumsum(-1) - descending
-    )  # the mass of the patches that come before
+    before = descending.cumsum(-1) - descending  # the mass of those that come before
     kept = (before < mass - 1e-5).sum(-1, keepdim=True)
     least = descending.gather(-1, (kept - 1).clamp(min=0))
     return (attention >= least).view_as(similarity)
@@ -320,14 +318,11 @@ def segment(
         patches = torch.cat(rules, 1)  # (B, 2 * heads, H, W)
         index, present = jaccard(patches, masks, objects, protocol.void_counts)
         finite = 0 * similarity.sum((-2, -1))  # NaN if a score is not finite
-        index = index.unflatten(1, (2, -1)) + finite[:, None, :, None]
-        some = present.any(1)
-        index, number = (
-            index[some],
-            present[some].sum(1),
-        )  # (b, 2, heads, objects), (b,)
-        heads = 100 * index.sum(-1) / number[:, None, None]  # (b, 2, heads)
-        best = 100 * index.amax(2).sum(-1) / number[:, None]  # (b, 2)
+        index = index.unflatten(1, (2, -1)) + finite[:, None, :, None]  # by rule
+        some = present.any(1)  # b images with objects
+        index, number = index[some], present[some].sum(1)[:, None]
+        best = 100 * index.amax(2).sum(-1) / number  # (b, 2)
+        heads = 100 * index.sum(-1) / number[..., None]  # (b, 2, heads)
         batch = {"jaccard_mass": best[:, 0], "jaccard_mass_per_head": heads[:, 0]}
         batch |= {"jaccard_mean": best[:, 1], "jaccard_mean_per_head": heads[:, 1]}
         batches.append(batch | _statistics(similarity))
