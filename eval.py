@@ -161,7 +161,7 @@ def _average(
         means[name] = (sums[0] / sums[1]).tolist()
         counts[name] = int(sums[1].max())
     for name in ("entropy", "components"):
-        means[name] = statistics.fmean(means[f"{name}_per_head"])
+        means[name] = statistics.mean(means[f"{name}_per_head"])
     return means, counts
 
 
