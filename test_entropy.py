@@ -1399,6 +1399,56 @@ def test_loaders(tmp_path: Path) -> None:
         load(False, rank=0, world_size=21)
 
 
+@needs_project
+@pytest.mark.parametrize(
+    "name, write, count, size",
+    [
+        ("voc2012", write_voc2012, 2, (40, 60)),
+        ("pets", write_pets, 4, (40, 60)),
+        ("fashion-mnist", write_fashion_mnist, 10, (28, 28)),
+        ("shapes", lambda folder: None, 2000, (56, 56)),
+    ],
+)
+def test_masks(name, write, count, size, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(urllib.request, "urlopen", no_network)
+    write(tmp_path)
+    masked = data.load_masks(name, tmp_path, size)
+    assert len(masked) == count
+    image, mask = masked[0]
+    assert image.dtype == mask.dtype == torch.uint8
+    assert (image.shape, mask.shape) == ((3, *size), size)
+    numbers, counts = mask.unique(return_counts=True)
+    found = dict(zip(numbers.tolist(), counts.tolist()))
+    if name == "voc2012":  # void is 16 x 16 less 12 x 12; objects 12 x 12 and 10 x 20
+        assert found == {0: 2400 - 456, 2: 200, 15: 144, 255: 112}
+        assert masked[1][1].count_nonzero() == 0
+    elif name == "pets":  # the pet is 8 x 16, its border 10 x 20 less that
+        assert found == {0: 2400 - 200, 1: 128, 255: 72}
+    elif name == "shapes":
+        assert mask.bool().equal(data.make_shapes("test")[1][0])
+    else:
+        assert mask.bool().equal(image[0] > 0)
+    half = (size[0] // 2, size[1] // 2)
+    small_image, small_mask = data.load_masks(name, tmp_path, half)[0]
+    assert small_mask.equal(mask[1::2, 1::2])  # the nearest pixel, as PIL takes it
+    if name in ("voc2012", "pets"):
+        bilinear = v2.functional.resize(data.open_image(masked.images[0]), half)
+        assert small_image.equal(data.AS_TENSOR(bilinear))
+
+
+@needs_project
+def test_masks_that_are_not_there(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(urllib.request, "urlopen", no_network)
+    with pytest.raises(FileNotFoundError, match="voc2012: .*host.robots.ox.ac.uk"):
+        data.load_masks("voc2012", tmp_path, (8, 8))
+    write_voc2012(tmp_path)
+    mask = tmp_path / "VOCdevkit" / "VOC2012" / "SegmentationClass" / "2007_000033.png"
+    mask.write_text("no image")
+    masked = data.load_masks("voc2012", tmp_path, (8, 8))
+    with pytest.raises(OSError, match=r"2007_000033\.png cannot be read"):
+        masked[0]
+
+
 # --------------------------------------------------------------------------- training
 
 TINY = "--dataset fashion-mnist --model vit_mini --img-size 28 --patch-size 4 "
@@ -1863,56 +1913,6 @@ def test_an_unreadable_image_is_named(workers, tmp_path, monkeypatch, capsys) ->
 
 
 # ---------------------------------------------------------------------- the evaluation
-
-
-@needs_project
-@pytest.mark.parametrize(
-    "name, write, count, size",
-    [
-        ("voc2012", write_voc2012, 2, (40, 60)),
-        ("pets", write_pets, 4, (40, 60)),
-        ("fashion-mnist", write_fashion_mnist, 10, (28, 28)),
-        ("shapes", lambda folder: None, 2000, (56, 56)),
-    ],
-)
-def test_masks_of_data_sets(name, write, count, size, tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(urllib.request, "urlopen", no_network)
-    write(tmp_path)
-    masked = data.load_masks(name, tmp_path, size)
-    assert len(masked) == count
-    image, mask = masked[0]
-    assert image.dtype == mask.dtype == torch.uint8
-    assert (image.shape, mask.shape) == ((3, *size), size)
-    numbers, counts = mask.unique(return_counts=True)
-    found = dict(zip(numbers.tolist(), counts.tolist()))
-    if name == "voc2012":  # void is 16 x 16 less 12 x 12; objects 12 x 12 and 10 x 20
-        assert found == {0: 2400 - 456, 2: 200, 15: 144, 255: 112}
-        assert masked[1][1].count_nonzero() == 0
-    elif name == "pets":  # the pet is 8 x 16, its border 10 x 20 less that
-        assert found == {0: 2400 - 200, 1: 128, 255: 72}
-    elif name == "shapes":
-        assert mask.bool().equal(data.make_shapes("test")[1][0])
-    else:
-        assert mask.bool().equal(image[0] > 0)
-    half = (size[0] // 2, size[1] // 2)
-    small_image, small_mask = data.load_masks(name, tmp_path, half)[0]
-    assert small_mask.equal(mask[1::2, 1::2])  # the nearest pixel, as PIL takes it
-    if name in ("voc2012", "pets"):
-        bilinear = v2.functional.resize(data.open_image(masked.images[0]), half)
-        assert small_image.equal(data.AS_TENSOR(bilinear))
-
-
-@needs_project
-def test_masks_that_are_not_there(tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(urllib.request, "urlopen", no_network)
-    with pytest.raises(FileNotFoundError, match="voc2012: .*host.robots.ox.ac.uk"):
-        data.load_masks("voc2012", tmp_path, (8, 8))
-    write_voc2012(tmp_path)
-    mask = tmp_path / "VOCdevkit" / "VOC2012" / "SegmentationClass" / "2007_000033.png"
-    mask.write_text("no image")
-    masked = data.load_masks("voc2012", tmp_path, (8, 8))
-    with pytest.raises(OSError, match=r"2007_000033\.png cannot be read"):
-        masked[0]
 
 
 CLASSES = ["ant", "bee", "cat", "dog", "elk"]
