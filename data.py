@@ -462,8 +462,12 @@ def load_corruptions(
     severity by severity, and labels.npy, (5 * n,) or (n,).
     """
     found = {}
+    classes = None
     for path in sorted(Path(folder).glob("*/[1-5]")):
-        part = partial(read_classes, path, list_classes(path))
+        classes = classes or list_classes(path)
+        if list_classes(path) != classes:
+            raise ValueError(f"{path} has other classes than the folders before it")
+        part = partial(read_classes, path, classes)
         found.setdefault(path.parent.name, {})[int(path.name)] = part
     for path in sorted(set(Path(folder).glob("*.npy")) - {Path(folder, "labels.npy")}):
         parts = {level: partial(_read_array, path, level) for level in range(1, 6)}
@@ -480,8 +484,10 @@ def _read_array(path: Path, severity: int) -> Images:
     images = np.load(path, mmap_mode="r")
     labels = np.load(path.with_name("labels.npy"))
     count = len(images) // 5
-    if images.dtype != np.uint8 or len(labels) not in (count, 5 * count):
-        raise ValueError(f"{path} and labels.npy are not 5 * n images and 5 * n labels")
+    if images.dtype != np.uint8 or images.shape[-1] != 3 or len(images) % 5:
+        raise ValueError(f"{path} is not uint8 (5 * n, height, width, 3)")
+    if len(labels) not in (count, 5 * count):
+        raise ValueError(f"{path} has {count} images of each severity, labels.npy not")
     part = slice((severity - 1) * count, severity * count)
     labels = np.tile(labels, 5)[part]
     return Images(images[part], torch.from_numpy(labels).long(), [])
@@ -549,11 +555,22 @@ def test_transform(img_size: int, *, crop: str) -> v2.Compose:
     steps: list[Callable] = [v2.RGB()]
     if crop == "resized":
         steps.append(v2.Resize(img_size * 256 // 224, BICUBIC))
+    if crop == "center":
+        steps.append(partial(_refuse_smaller, img_size))
     if crop in ("resized", "center"):
         steps.append(v2.CenterCrop(img_size))
     else:
         steps.append(v2.Resize((img_size, img_size), BICUBIC))
     return v2.Compose([*steps, v2.ToImage(), v2.ToPureTensor()])
+
+
+def _refuse_smaller(size: int, image: object) -> object:
+    """Return an image, or raise ValueError where a crop would pad it with black."""
+    if min(v2.functional.get_size(image)) < size:
+        raise ValueError(
+            f"--crop center needs images of {size} pixels; try --crop whole"
+        )
+    return image
 
 
 def make_mix(mixup: float, cutmix: float, classes: int) -> Callable:

@@ -123,6 +123,8 @@ def evaluate(
         and components, means over images; the latter two also _per_head, lists.
     """
     model.eval()
+    if classes is not None:
+        classes = classes.to(device)
     batches = []  # numbers of each image; on the device until the end, to not wait for it
     for images, labels in loader:
         images = normalize(images.to(device, non_blocking=True))
@@ -131,7 +133,7 @@ def evaluate(
             logits, similarity = model(images)
         logits = logits.float()
         if classes is not None:
-            logits = logits[:, classes.to(device)]
+            logits = logits[:, classes]
         best = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]  # (B, 5)
         batch = {"loss": F.cross_entropy(logits, labels, reduction="none")}
         batch |= {"acc1": 100.0 * best[:, 0], "acc5": 100.0 * best.any(1)}
@@ -319,13 +321,15 @@ def segment(
         index, present = jaccard(patches, masks, objects, protocol.void_counts)
         finite = 0 * similarity.sum((-2, -1))  # NaN if a score is not finite
         index = index.unflatten(1, (2, -1)) + finite[:, None, :, None]  # by rule
-        some = present.any(1)  # b images with objects
-        index, number = index[some], present[some].sum(1)[:, None]
-        best = 100 * index.amax(2).sum(-1) / number  # (b, 2)
-        heads = 100 * index.sum(-1) / number[..., None]  # (b, 2, heads)
+        number = present.sum(1)[:, None]  # (B, 1), of objects
+        best = 100 * index.amax(2).sum(-1) / number  # (B, 2)
+        heads = 100 * index.sum(-1) / number[..., None]  # (B, 2, heads)
         batch = {"jaccard_mass": best[:, 0], "jaccard_mass_per_head": heads[:, 0]}
         batch |= {"jaccard_mean": best[:, 1], "jaccard_mean_per_head": heads[:, 1]}
-        batches.append(batch | _statistics(similarity))
+        batches.append(batch | {"present": present} | _statistics(similarity))
+    for batch in batches:  # not above, as the host waits for a selection
+        some = batch.pop("present").any(1)
+        batch |= {key: batch[key][some] for key in batch if "jaccard" in key}
     means, counts = _average(batches, device)
     images, with_objects = counts["entropy_per_head"], counts["jaccard_mass"]
     return {"images": images, "images_with_objects": with_objects, **means}
@@ -493,7 +497,8 @@ def load_trained(path: str, args: Namespace) -> Trained:
             classes = read_class_names(
                 args.classes, len(weights.get("head.weight", ()))
             )
-        mean, std = tuple(args.mean), tuple(args.std)
+        mean = tuple(args.mean or data.IMAGENET_MEAN)
+        std = tuple(args.std or data.IMAGENET_STD)
         say(f"{loaded}; images are normalized with mean {mean}, std {std}")
     model.to(args.device).eval()
     return Trained(model, path, title, settings, classes, mean, std)
@@ -600,8 +605,8 @@ def measure(
 
 
 def test_images(args: Namespace, transform: Callable) -> data.Images:
-    if args.dataset is None:
-        raise ValueError("the checkpoint does not name a dataset: add --dataset")
+    if not args.dataset:
+        raise ValueError("it is not known which images: add --dataset, or --images")
     return data.load_dataset(args.dataset, args.data_dir, "test", transform)
 
 
@@ -630,6 +635,7 @@ def report_accuracy(args: Namespace, trained: Trained, report: dict) -> Iterator
     model, crop = trained.at(args.img_size), args.crop or trained.settings["crop"]
     dataset = test_images(args, data.test_transform(model.img_size[0], crop=crop))
     classes = match_classes(trained, dataset, args.dataset)
+    dataset[0]  # raises if it cannot be read, or is too small
     yield
     say_input(f"{args.dataset}, test split, crop {crop}", model, args)
     result = measure(evaluate, model, dataset, trained, args, classes)
@@ -653,20 +659,23 @@ def report_corruptions(
         raise ValueError("--mce needs corruptions of ImageNet-C, with five severities")
     # ImageNet-C, which has names of classes, is resized already.
     crop = args.crop or ("center" if first.classes else trained.settings["crop"])
-    transform = data.test_transform(model.img_size[0], crop=crop)
+    first.transform = data.test_transform(model.img_size[0], crop=crop)
+    first[0]  # raises if it cannot be read, or is too small
+    errors = {}
+    where = {"folder": folder, "img_size": model.img_size, "crop": crop}
     yield
+    report["corruptions"] = where | {"errors": errors}
     say_input(f"{folder}, crop {crop}", model, args)
     levels = sorted({level for loads in found.values() for level in loads})
     head = "".join(f"{level:>9}" for level in [*levels, "mean"])
     say(f"{'error (%) at severity':<24}{head}")
-    errors = {}
     for name, loads in found.items():
         errors[name] = {}
         for level, load in loads.items():
             images = load()
-            images.transform = transform
-            if images.classes != first.classes:
-                raise ValueError(f"{folder}: {name}/{level} has other classes")
+            images.transform = first.transform
+            if len(images) != len(first):
+                say(f"note: {name}, severity {level}, has {len(images)} images")
             result = measure(evaluate, model, images, trained, args, classes)
             errors[name][level] = 100 - result["acc1"]
         row = [errors[name].get(level, math.nan) for level in levels]
@@ -678,8 +687,7 @@ def report_corruptions(
             say_row(f"CE (%), {name}", [ce])
         over = f"{len(means['ce'])} of 15 corruptions, {len(first.classes)} classes"
         say(f"mCE {means['mce']:.2f} %, by the errors of AlexNet, over {over}")
-    where = {"folder": folder, "img_size": model.img_size, "crop": crop}
-    report["corruptions"] = where | {"errors": errors} | means
+    report["corruptions"] |= means
 
 
 def report_segmentation(
@@ -690,7 +698,7 @@ def report_segmentation(
     size = protocol.size if name in PHOTOGRAPHS else None
     model = trained.at(args.img_size or size)
     masks = data.load_masks(name, args.data_dir, model.img_size)
-    masks[0]  # raises if it cannot be read
+    masks[0]  # as above
     yield
     say_input(f"{name}, {'val' if name == 'voc2012' else 'test'} split", model, args)
     share = f"{protocol.mass:.0%} of the attention"
@@ -727,7 +735,10 @@ def attention_maps(
 
 def report_picture(args: Namespace, trained: Trained, report: dict) -> Iterator[None]:
     """Draw the attention on the images of a folder, or of the dataset."""
-    models = [trained] + ([load_trained(args.compare, args)] if args.compare else [])
+    models = [trained]
+    if args.compare:
+        args.classes = None  # those of the first
+        models.append(load_trained(args.compare, args))
     for each in models:
         each.at(args.img_size)  # raises if the patches do not fit
     titles = [each.title for each in models]
@@ -807,8 +818,8 @@ def make_parser() -> argparse.ArgumentParser:
     add("--model", choices=MODELS, help="what the file holds")
     floats = {"type": float, "nargs": 3, "metavar": "X"}
     floats["help"] = "of each channel, on the scale 0 to 1 [ImageNet's]"
-    add("--mean", **floats, default=data.IMAGENET_MEAN)
-    add("--std", **floats, default=data.IMAGENET_STD)
+    add("--mean", **floats)
+    add("--std", **floats)
     classes = "names of its classes: a file of lines, or a folder of class folders"
     add("--classes", type=path, metavar="PATH", help=classes)
     return parser
@@ -828,11 +839,15 @@ def parse_args() -> Namespace:
     for option, suffix in {"attention": ".png", "json": ".json"}.items():
         file = getattr(args, option) or f"a{suffix}"
         folder = os.path.dirname(file) or "."
-        if not file.endswith(suffix) or not os.path.isdir(folder):
+        if (
+            not file.endswith(suffix)
+            or os.path.isdir(file)
+            or not os.path.isdir(folder)
+        ):
             needed = f"a file name with {suffix}, in a folder that exists"
             parser.error(f"--{option} takes {needed}, not {file}")
-    numbers = [*args.mean, *args.std]
-    if min(numbers) < 0 or max(numbers) > 1 or min(args.std) == 0:
+    mean, std = args.mean or data.IMAGENET_MEAN, args.std or data.IMAGENET_STD
+    if not (0 <= min(mean) <= max(mean) <= 1 and 0 < min(std) <= max(std) <= 1):
         parser.error("--mean and --std must be on the scale of 0 to 1")
     return args
 
@@ -843,8 +858,12 @@ def run(args: Namespace) -> None:
     if args.checkpoint is None:
         args.checkpoint = newest_checkpoint()
     trained = load_trained(args.checkpoint, args)
-    if trained.settings is not PRETRAINED and args.model and not args.compare:
-        raise ValueError(f"{trained.path} is a run: --model is for other checkpoints")
+    pretrained = args.model or args.mean or args.std or args.classes
+    if pretrained and trained.settings is not PRETRAINED and not args.compare:
+        raise ValueError(
+            f"{trained.path} is a run: --model, --mean, --std and --classes are for "
+            "pretrained checkpoints"
+        )
     other = args.segmentation or args.corruptions or args.images
     only_draw = args.attention and isinstance(trained.model.head, torch.nn.Identity)
     parts = {
@@ -854,9 +873,10 @@ def run(args: Namespace) -> None:
         report_picture: args.attention,
     }
     settings = trained.settings
-    if args.dataset is None and args.segmentation in data.DATASETS:
-        args.dataset = args.segmentation  # for the picture
-    args.dataset = args.dataset or settings["dataset"]
+    if args.segmentation and not args.dataset:  # the picture is of the same images
+        args.dataset = args.segmentation if args.segmentation in data.DATASETS else ""
+    if args.dataset is None:
+        args.dataset = settings["dataset"]
     args.data_dir = args.data_dir or settings["data_dir"]
     args.batch_size = args.batch_size or settings["batch_size"]
     if args.amp is None:
@@ -875,8 +895,10 @@ def run(args: Namespace) -> None:
     opened = [part(args, trained, report) for part, asked in parts.items() if asked]
     for part in opened:
         next(part)  # opens the data
-    for part in opened:
-        next(part, None)  # measures
+    try:
+        for part in opened:
+            next(part, None)  # measures
+    finally:
         if args.json:
             # JSON has no NaN or infinity: write null.
             plain = json.loads(json.dumps(report), parse_constant=lambda _: None)

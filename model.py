@@ -421,13 +421,16 @@ def model_of_run(
     With `ema` it gets the EMA weights. Raise ValueError if train.py did not write the
     checkpoint, or without such weights.
     """
-    if "architecture" not in checkpoint:
+    if not {"architecture", "model", "settings"} <= checkpoint.keys():
         raise ValueError(f"{source} was not written by train.py")
     weights = "model_ema" if ema else "model"
     if weights not in checkpoint:
         raise ValueError(f"{source} has no EMA weights")
-    model = VisionTransformer(**checkpoint["architecture"])
-    model.load_state_dict(checkpoint[weights])
+    try:
+        model = VisionTransformer(**checkpoint["architecture"])
+        model.load_state_dict(checkpoint[weights])
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f"the weights in {source} do not fit its model") from error
     return model
 
 
@@ -440,7 +443,8 @@ def model_of_weights(
     `options` are embed_dim, depth and num_heads. Return `load_weights`' sentence too.
     """
     patch_size = weights["patch_embed.proj.weight"].shape[-1]
-    patches = weights["pos_embed"].shape[1] - ("cls_token" in weights)
+    tokens = ("cls_token" in weights) + ("dist_token" in weights)
+    patches = weights["pos_embed"].shape[1] - tokens
     side = math.isqrt(patches)
     if side * side != patches:
         raise ValueError(f"{source}: {patches} patch positions form no square grid")

@@ -2051,7 +2051,7 @@ def test_pretrained_checkpoints(tmp_path, monkeypatch, capsys) -> None:
     assert len(found["attention"]["images"]) == 4
     for wrong, message in {
         command: "has no head to classify with",
-        f"{options} --attention {tmp_path}/a.png": "does not name a dataset: add --data",
+        f"{options} --attention {tmp_path}/a.png": "which images: add --dataset, or --im",
         "": "does not name its model: add --model (vit_mini, ",
         f"{command} --model-ema": "has no EMA weights",
         command.replace("tiny", "base"): "does not fit the model",
@@ -2283,13 +2283,15 @@ def test_corruptions_in_folders(tmp_path, monkeypatch, capsys) -> None:
         if crop == "center":
             mce = f"mCE {means['mce']:.2f} %, by the errors of AlexNet, over 2 of 15"
             assert mce in output
-    (folder / "snow" / "3" / "elk").rename(folder / "snow" / "3" / "bee")
     command = f"eval --checkpoint {tmp_path}/run.pt --device cpu --corruptions {folder}"
-    assert run(monkeypatch, command) == 2
-    assert "snow/3 has other classes" in capsys.readouterr().err
+    assert run(monkeypatch, f"{command} --img-size 48") == 2
+    assert "--crop center needs images of 48 pixels" in capsys.readouterr().err
     shutil.rmtree(folder / "fog" / "2")
     assert run(monkeypatch, f"{command} --mce") == 2
     assert "--mce needs corruptions of ImageNet-C" in capsys.readouterr().err
+    (folder / "snow" / "3" / "elk").rename(folder / "snow" / "3" / "bee")
+    assert run(monkeypatch, command) == 2
+    assert "snow/3 has other classes than" in capsys.readouterr().err
 
 
 @needs_project
@@ -2320,7 +2322,7 @@ def test_corruptions_in_arrays(tmp_path, monkeypatch, capsys) -> None:
     assert all(load().targets.equal(labels[:5]) for load in sets.values())
     for wrong in (pixels[:24], pixels.float()):
         numpy.save(folder / "fog.npy", wrong.numpy())
-        with pytest.raises(ValueError, match=r"fog\.npy and labels\.npy are not 5"):
+        with pytest.raises(ValueError, match=r"fog\.npy is not uint8 \(5 \* n, "):
             data.load_corruptions(folder)["fog"][1]()
     with pytest.raises(FileNotFoundError, match="neither"):
         data.load_corruptions(tmp_path)
