@@ -606,7 +606,7 @@ def measure(
 
 def test_images(args: Namespace, transform: Callable) -> data.Images:
     if not args.dataset:
-        raise ValueError("it is not known which images: add --dataset, or --images")
+        raise ValueError("no dataset is known: add --dataset, or --images for a picture")
     return data.load_dataset(args.dataset, args.data_dir, "test", transform)
 
 

@@ -2051,7 +2051,7 @@ def test_pretrained_checkpoints(tmp_path, monkeypatch, capsys) -> None:
     assert len(found["attention"]["images"]) == 4
     for wrong, message in {
         command: "has no head to classify with",
-        f"{options} --attention {tmp_path}/a.png": "which images: add --dataset, or --im",
+        f"{options} --attention {tmp_path}/a.png": "no dataset is known: add --dataset, or --im",
         "": "does not name its model: add --model (vit_mini, ",
         f"{command} --model-ema": "has no EMA weights",
         command.replace("tiny", "base"): "does not fit the model",
