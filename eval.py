@@ -494,9 +494,8 @@ def load_trained(path: str, args: Namespace) -> Trained:
         model, loaded = model_of_weights(weights, MODELS[args.model], path)
         settings, classes, title = PRETRAINED, None, Path(path).stem
         if args.classes:
-            classes = read_class_names(
-                args.classes, len(weights.get("head.weight", ()))
-            )
+            count = len(weights.get("head.weight", ()))
+            classes = read_class_names(args.classes, count)
         mean = tuple(args.mean or data.IMAGENET_MEAN)
         std = tuple(args.std or data.IMAGENET_STD)
         say(f"{loaded}; images are normalized with mean {mean}, std {std}")
@@ -605,8 +604,10 @@ def measure(
 
 
 def test_images(args: Namespace, transform: Callable) -> data.Images:
-    if not args.dataset:
-        raise ValueError("no dataset is known: add --dataset, or --images for a picture")
+    if args.dataset not in data.DATASETS:
+        raise ValueError(
+            "no dataset is known: add --dataset, or --images for a picture"
+        )
     return data.load_dataset(args.dataset, args.data_dir, "test", transform)
 
 
@@ -838,12 +839,7 @@ def parse_args() -> Namespace:
             parser.error(f"--{option.replace('_', '-')} must be at least {least}")
     for option, suffix in {"attention": ".png", "json": ".json"}.items():
         file = getattr(args, option) or f"a{suffix}"
-        folder = os.path.dirname(file) or "."
-        if (
-            not file.endswith(suffix)
-            or os.path.isdir(file)
-            or not os.path.isdir(folder)
-        ):
+        if not file.endswith(suffix) or not os.path.isdir(os.path.dirname(file) or "."):
             needed = f"a file name with {suffix}, in a folder that exists"
             parser.error(f"--{option} takes {needed}, not {file}")
     mean, std = args.mean or data.IMAGENET_MEAN, args.std or data.IMAGENET_STD
@@ -855,9 +851,8 @@ def parse_args() -> Namespace:
 def run(args: Namespace) -> None:
     """Measure, print and draw what the command line asks for."""
     args.device = choose_device(args.device)
-    if args.checkpoint is None:
-        args.checkpoint = newest_checkpoint()
-    trained = load_trained(args.checkpoint, args)
+    path = newest_checkpoint() if args.checkpoint is None else args.checkpoint
+    trained = load_trained(path, args)
     pretrained = args.model or args.mean or args.std or args.classes
     if pretrained and trained.settings is not PRETRAINED and not args.compare:
         raise ValueError(
@@ -873,10 +868,7 @@ def run(args: Namespace) -> None:
         report_picture: args.attention,
     }
     settings = trained.settings
-    if args.segmentation and not args.dataset:  # the picture is of the same images
-        args.dataset = args.segmentation if args.segmentation in data.DATASETS else ""
-    if args.dataset is None:
-        args.dataset = settings["dataset"]
+    args.dataset = args.dataset or args.segmentation or settings["dataset"]
     args.data_dir = args.data_dir or settings["data_dir"]
     args.batch_size = args.batch_size or settings["batch_size"]
     if args.amp is None:

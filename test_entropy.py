@@ -2076,7 +2076,11 @@ def test_segmentation(name, tmp_path, monkeypatch, capsys) -> None:
     table = {protocol: evaluation.Protocol(64, rule.mass, rule.void_counts)}
     monkeypatch.setattr(evaluation, "PROTOCOLS", table)
     options = f"--segmentation {name} --protocol {protocol}"
-    found = numbers(monkeypatch, tmp_path, options)["segmentation"]
+    if name in data.DATASETS:  # the picture is of the same images
+        options += f" --attention {tmp_path}/a.png --rows 1"
+    found = numbers(monkeypatch, tmp_path, options)
+    assert ("attention" in found) == (name in data.DATASETS)
+    found = found["segmentation"]
     size = 64 if name in ("voc2012", "pets") else 24
     assert found["img_size"] == [size, size]
     images, masks = map(
