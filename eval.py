@@ -887,14 +887,14 @@ def run(args: Namespace) -> None:
     opened = [part(args, trained, report) for part, asked in parts.items() if asked]
     for part in opened:
         next(part)  # opens the data
-    try:
-        for part in opened:
+    for part in opened:
+        try:
             next(part, None)  # measures
-    finally:
-        if args.json:
-            # JSON has no NaN or infinity: write null.
-            plain = json.loads(json.dumps(report), parse_constant=lambda _: None)
-            Path(args.json).write_text(json.dumps(plain, indent=2) + "\n")
+        finally:
+            if args.json:
+                # JSON has no NaN or infinity: write null.
+                plain = json.loads(json.dumps(report), parse_constant=lambda _: None)
+                Path(args.json).write_text(json.dumps(plain, indent=2) + "\n")
 
 
 def main() -> None:

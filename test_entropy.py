@@ -2454,7 +2454,10 @@ def test_the_end_of_an_evaluation(tmp_path, monkeypatch, capsys) -> None:
     assert "voc2012: not in" in error
     assert "top-1" not in output
     (tmp_path / "val" / "cat" / "0.png").write_text("no image")
-    assert run(monkeypatch, f"{command} --workers 1") == 2
+    json_file = tmp_path / "part.json"
+    options = f"--workers 1 --segmentation shapes --json {json_file}"
+    assert run(monkeypatch, f"{command} {options}") == 2
+    assert json.loads(json_file.read_text())["precision"] == "float32"
     error = capsys.readouterr().err
     assert error.startswith(f"eval.py: error: {tmp_path}/val/cat/0.png cannot be read")
     assert error.count("\n") == 1
