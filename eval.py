@@ -13,7 +13,7 @@ Pretrained checkpoints of timm, DeiT and DINO need --model, which the files do n
     python eval.py --checkpoint dino_deitsmall16_pretrain.pth --model vit_small \\
         --segmentation voc2012 --protocol dino
 
-Without --segmentation, --corruptions and --images, or with --dataset, accuracy is measured.
+Accuracy is measured with --dataset, or without --segmentation, --corruptions, --images.
 """
 
 import argparse
@@ -125,7 +125,7 @@ def evaluate(
     model.eval()
     if classes is not None:
         classes = classes.to(device)
-    batches = []  # numbers of each image; on the device until the end, to not wait for it
+    batches = []  # results per image; they stay on the device until the end
     for images, labels in loader:
         images = normalize(images.to(device, non_blocking=True))
         labels = labels.to(device, non_blocking=True)
@@ -327,7 +327,7 @@ def segment(
         batch = {"jaccard_mass": best[:, 0], "jaccard_mass_per_head": heads[:, 0]}
         batch |= {"jaccard_mean": best[:, 1], "jaccard_mean_per_head": heads[:, 1]}
         batches.append(batch | {"present": present} | _statistics(similarity))
-    for batch in batches:  # not above, as the host waits for a selection
+    for batch in batches:  # not in the loop above: a selection waits for the GPU
         some = batch.pop("present").any(1)
         batch |= {key: batch[key][some] for key in batch if "jaccard" in key}
     means, counts = _average(batches, device)
@@ -699,7 +699,7 @@ def report_segmentation(
     size = protocol.size if name in PHOTOGRAPHS else None
     model = trained.at(args.img_size or size)
     masks = data.load_masks(name, args.data_dir, model.img_size)
-    masks[0]  # as above
+    masks[0]  # raises if it cannot be read
     yield
     say_input(f"{name}, {'val' if name == 'voc2012' else 'test'} split", model, args)
     share = f"{protocol.mass:.0%} of the attention"

@@ -419,7 +419,7 @@ def model_of_run(
     """Build the model of a checkpoint of train.py, and load its weights.
 
     With `ema` it gets the EMA weights. Raise ValueError if train.py did not write the
-    checkpoint, or without such weights.
+    checkpoint, if it has no such weights, or if they do not fit.
     """
     if not {"architecture", "model", "settings"} <= checkpoint.keys():
         raise ValueError(f"{source} was not written by train.py")

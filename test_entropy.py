@@ -1999,6 +1999,24 @@ def test_precision_is_that_of_training_on_its_device(tmp_path, monkeypatch) -> N
 
 
 @needs_project
+def test_tokens_and_shapes_of_checkpoints(tmp_path, monkeypatch, capsys) -> None:
+    """DeiT's distilled weights load; those that do not fit a run get a sentence."""
+    state = small_model(img_size=24).state_dict()
+    state["dist_token"] = state["cls_token"].clone()
+    state["pos_embed"] = torch.cat([state["cls_token"], state["pos_embed"]], 1)
+    options = {"embed_dim": 32, "depth": 3, "num_heads": 2}
+    model, loaded = vit.model_of_weights(state, options, "it")
+    assert model.grid == (3, 3)
+    assert loaded.endswith("not used: dist_token")
+    model = small_model(img_size=24)
+    model.head = torch.nn.Linear(32, 7)
+    write_run(tmp_path / "run.pt", model)
+    command = f"eval --checkpoint {tmp_path}/run.pt --device cpu"
+    assert run(monkeypatch, command) == 2
+    assert "run.pt do not fit its model" in capsys.readouterr().err
+
+
+@needs_project
 def test_pretrained_checkpoints(tmp_path, monkeypatch, capsys) -> None:
     """DeiT's layout, with EMA weights, timm's, and DINO's, without a head."""
     monkeypatch.setitem(
