@@ -395,7 +395,8 @@ def balanced_subset(dataset: Images, size: int, seed: int) -> Subset:
 # ------------------------------------------------- for evaluation: masks, corruptions
 
 VOID = 255  # in a mask, pixels that are neither object nor background
-MASKS = {"voc2012": 20, "pets": 1, "shapes": 1, "fashion-mnist": 1}  # kinds of objects
+# Dataset with masks -> number of kinds of objects.
+MASKS = {"voc2012": 20, "pets": 1, "shapes": 1, "fashion-mnist": 1, "folder": 1}
 AS_TENSOR = v2.Compose([v2.RGB(), v2.ToImage(), v2.ToPureTensor()])
 
 
@@ -420,7 +421,7 @@ class Masked(Dataset):
         image, mask = self.images[index], self.masks[index]
         if not isinstance(image, torch.Tensor):
             image = open_image(image)
-            mask = v2.functional.pil_to_tensor(_decode(mask))[0]
+            mask = v2.functional.pil_to_tensor(_decode(mask))[:3].amax(0)  # any color
         if self.meaning is not None:
             mask = self.meaning[mask.long()]
         image = v2.functional.resize(image, list(self.size), BILINEAR)
@@ -428,11 +429,18 @@ class Masked(Dataset):
         return AS_TENSOR(image), mask[0]
 
 
-def load_masks(name: str, data_dir: str | os.PathLike, size: tuple[int, int]) -> Masked:
+def load_masks(
+    name: str,
+    data_dir: str | os.PathLike,
+    size: tuple[int, int],
+    masks_dir: str | os.PathLike | None = None,
+) -> Masked:
     """Load the test images of a dataset in MASKS, with the masks of their objects.
 
     An object is, in VOC 2012 val, all pixels of a class; in Pets, the pet of the trimap,
-    whose border is void; in Fashion-MNIST, the pixels that are not 0.
+    whose border is void; in Fashion-MNIST, the pixels that are not 0. For "folder", the
+    images of val/, or else of `data_dir`, have masks of the same names in `masks_dir`, as
+    .png, where all pixels that are not 0 are the object.
     """
     meaning = None
     if name == "shapes":
@@ -445,6 +453,18 @@ def load_masks(name: str, data_dir: str | os.PathLike, size: tuple[int, int]) ->
     elif name == "voc2012":
         voc = _open(name, VOC2012, data_dir, VOC2012.test)
         images, masks = voc.images, voc.masks
+    elif name == "folder":
+        folder = Path(data_dir, DATASETS[name].test)
+        folder = folder if folder.is_dir() else Path(data_dir)
+        if not (images := list_images(folder)):
+            raise FileNotFoundError(f"there are no images in {folder}")
+        names = [
+            Path(image).relative_to(folder).with_suffix(".png") for image in images
+        ]
+        masks = [Path(masks_dir, each) for each in names]
+        if missing := [mask for mask in masks if not mask.is_file()]:
+            raise FileNotFoundError(f"there is no {missing[0]}, a mask of an image")
+        meaning = torch.arange(256).clamp(max=1).to(torch.uint8)
     else:
         pets = _open(name, DATASETS[name], data_dir, DATASETS[name].test)
         images, masks = pets._images, pets._segs

@@ -698,7 +698,7 @@ def report_segmentation(
     name, protocol = args.segmentation, PROTOCOLS[args.protocol]
     size = protocol.size if name in PHOTOGRAPHS else None
     model = trained.at(args.img_size or size)
-    masks = data.load_masks(name, args.data_dir, model.img_size)
+    masks = data.load_masks(name, args.data_dir, model.img_size, args.masks)
     masks[0]  # raises if it cannot be read
     yield
     say_input(f"{name}, {'val' if name == 'voc2012' else 'test'} split", model, args)
@@ -807,6 +807,8 @@ def make_parser() -> argparse.ArgumentParser:
     add = parser.add_argument_group("attention").add_argument
     names = f"Jaccard index of attention and objects: {', '.join(data.MASKS)}"
     add("--segmentation", choices=data.MASKS, metavar="NAME", help=names)
+    masks = "of --segmentation folder: masks named as the images, 0 is the background"
+    add("--masks", type=path, metavar="DIR", help=masks)
     protocol = "variant of the Jaccard index [%(default)s]"
     add("--protocol", choices=PROTOCOLS, default="dino", help=protocol)
     add("--attention", type=path, metavar="FILE.png", help="write a picture of it")
@@ -833,6 +835,8 @@ def parse_args() -> Namespace:
     for option, partner in partners.items():
         if getattr(args, option) and not getattr(args, partner):
             parser.error(f"--{option} needs --{partner}")
+    if (args.segmentation == "folder") != bool(args.masks):
+        parser.error("--segmentation folder and --masks DIR need each other")
     limits = {"batch_size": 1, "img_size": 1, "rows": 1, "workers": 0}
     for option, least in limits.items():
         if getattr(args, option) is not None and getattr(args, option) < least:

@@ -2094,6 +2094,22 @@ def test_segmentation(name, tmp_path, monkeypatch, capsys) -> None:
     table = {protocol: evaluation.Protocol(64, rule.mass, rule.void_counts)}
     monkeypatch.setattr(evaluation, "PROTOCOLS", table)
     options = f"--segmentation {name} --protocol {protocol}"
+    masks_dir = tmp_path / "masks"
+    if name == "folder":
+        write_folder(tmp_path)
+        for n, file in enumerate(data.list_images(tmp_path / "val")):
+            colors = torch.zeros(3, 40, 60, dtype=torch.uint8)
+            colors[: 2 * n + 1, 10:30, 10 * n : 30] = 255 if n else 1
+            path = masks_dir / Path(file).relative_to(tmp_path / "val")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            image = v2.functional.to_pil_image(colors)
+            image.convert("1" if n == 1 else image.mode).save(path)
+        options += f" --masks {masks_dir}"
+        covered = [
+            mask for _, mask in data.load_masks(name, tmp_path, (40, 60), masks_dir)
+        ]
+        assert [mask.unique().tolist() for mask in covered[:3]] == [[0, 1]] * 3
+        assert [int(mask.sum()) for mask in covered] == [600, 400, 200, 0]
     if name in data.DATASETS:  # the picture is of the same images
         options += f" --attention {tmp_path}/a.png --rows 1"
     found = numbers(monkeypatch, tmp_path, options)
@@ -2101,9 +2117,8 @@ def test_segmentation(name, tmp_path, monkeypatch, capsys) -> None:
     found = found["segmentation"]
     size = 64 if name in ("voc2012", "pets") else 24
     assert found["img_size"] == [size, size]
-    images, masks = map(
-        torch.stack, zip(*data.load_masks(name, tmp_path, (size, size)))
-    )
+    masked = data.load_masks(name, tmp_path, (size, size), masks_dir)
+    images, masks = map(torch.stack, zip(*masked))
     model = small_model(img_size=24)
     model.resize(size)
     normalize = data.normalizer(data.IMAGENET_MEAN, data.IMAGENET_STD, CPU)
@@ -2634,6 +2649,8 @@ BAD_INPUT = {
     "eval --mce": "--mce needs --corruptions",
     "eval --img-size 32 48": "unrecognized arguments: 48",
     "eval --segmentation coco": "invalid choice: 'coco'",
+    "eval --segmentation folder": "folder and --masks DIR need each other",
+    "eval --segmentation shapes --masks used": "folder and --masks DIR need each other",
 }
 
 
