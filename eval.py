@@ -710,8 +710,8 @@ def report_segmentation(
     say("Jaccard index, percent")
     say_heads(result, "best", 2, jaccard_mass=share, jaccard_mean="S > mean")
     say_heads(result, "mean", 3, **ATTENTION)
-    where = {"dataset": name, "img_size": model.img_size, "protocol": args.protocol}
-    report["segmentation"] = where | result
+    where = {"dataset": name, "masks": args.masks, "img_size": model.img_size}
+    report["segmentation"] = where | {"protocol": args.protocol} | result
 
 
 @torch.inference_mode()
