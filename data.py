@@ -421,7 +421,9 @@ class Masked(Dataset):
         image, mask = self.images[index], self.masks[index]
         if not isinstance(image, torch.Tensor):
             image = open_image(image)
-            mask = v2.functional.pil_to_tensor(_decode(mask))[:3].amax(0)  # any color
+            mask = _decode(mask)
+            mask = mask if mask.mode == "P" else mask.convert("RGB")  # without alpha
+            mask = v2.functional.pil_to_tensor(mask).amax(0)
         if self.meaning is not None:
             mask = self.meaning[mask.long()]
         image = v2.functional.resize(image, list(self.size), BILINEAR)
@@ -439,8 +441,8 @@ def load_masks(
 
     An object is, in VOC 2012 val, all pixels of a class; in Pets, the pet of the trimap,
     whose border is void; in Fashion-MNIST, the pixels that are not 0. For "folder", the
-    images of val/, or else of `data_dir`, have masks of the same names in `masks_dir`, as
-    .png, where all pixels that are not 0 are the object.
+    images of val/, or else of `data_dir`, have PNG masks of the same names in
+    `masks_dir`; the object is all pixels that are not 0.
     """
     meaning = None
     if name == "shapes":
@@ -463,8 +465,8 @@ def load_masks(
         ]
         masks = [Path(masks_dir, each) for each in names]
         if missing := [mask for mask in masks if not mask.is_file()]:
-            raise FileNotFoundError(f"there is no {missing[0]}, a mask of an image")
-        meaning = torch.arange(256).clamp(max=1).to(torch.uint8)
+            raise FileNotFoundError(f"there is no mask {missing[0]}")
+        meaning = (torch.arange(256) > 0).to(torch.uint8)
     else:
         pets = _open(name, DATASETS[name], data_dir, DATASETS[name].test)
         images, masks = pets._images, pets._segs

@@ -710,8 +710,9 @@ def report_segmentation(
     say("Jaccard index, percent")
     say_heads(result, "best", 2, jaccard_mass=share, jaccard_mean="S > mean")
     say_heads(result, "mean", 3, **ATTENTION)
-    where = {"dataset": name, "masks": args.masks, "img_size": model.img_size}
-    report["segmentation"] = where | {"protocol": args.protocol} | result
+    where = {"dataset": name, "data_dir": args.data_dir, "masks": args.masks}
+    where |= {"img_size": model.img_size, "protocol": args.protocol}
+    report["segmentation"] = where | result
 
 
 @torch.inference_mode()
@@ -807,7 +808,7 @@ def make_parser() -> argparse.ArgumentParser:
     add = parser.add_argument_group("attention").add_argument
     names = f"Jaccard index of attention and objects: {', '.join(data.MASKS)}"
     add("--segmentation", choices=data.MASKS, metavar="NAME", help=names)
-    masks = "of --segmentation folder: masks named as the images, 0 is the background"
+    masks = "of --segmentation folder: PNG files named like the images, 0 is background"
     add("--masks", type=path, metavar="DIR", help=masks)
     protocol = "variant of the Jaccard index [%(default)s]"
     add("--protocol", choices=PROTOCOLS, default="dino", help=protocol)

@@ -1886,7 +1886,7 @@ def test_segmentation(name, tmp_path, monkeypatch, capsys) -> None:
             path = masks_dir / Path(file).relative_to(tmp_path / "val")
             path.parent.mkdir(parents=True, exist_ok=True)
             image = v2.functional.to_pil_image(colors)
-            image.convert("1" if n == 1 else image.mode).save(path)
+            image.convert(("RGB", "1", "RGBA", "LA")[n]).save(path)
         options += f" --masks {masks_dir}"
         covered = [
             mask for _, mask in data.load_masks(name, tmp_path, (40, 60), masks_dir)

@@ -1,15 +1,16 @@
 # SPDX-License-Identifier: MIT
-"""Time the loss, training steps and evaluation, beside SciPy, OpenCV and timm.
+"""Time the loss, training steps and evaluation, and compare with other packages.
 
     python .study/benchmark.py loss [--device cuda]   # labels; the loss with its gradient
     python .study/benchmark.py step [--device cuda]   # training steps of ViT-S/16
     python .study/benchmark.py eval [--device cuda]   # evaluation of ViT-S/16
 
-The calls of a table take turns, and medians are printed. Other packages are compared with
-where they are installed: pip install scipy opencv-python-headless timm
+Each round runs all calls of a table, and medians are printed. Packages that are not
+installed are skipped: pip install scipy opencv-python-headless timm
 """
 
 import argparse
+import random
 import statistics
 import sys
 import time
@@ -33,29 +34,31 @@ ROUNDS, WARMUP = 30, 3
 
 
 def time_in_turn(
-    calls: dict[str, Callable], device: torch.device, repeats: int = 1
-) -> dict[str, float]:
-    """Return the median milliseconds of each call; calls that fail are named and left out.
+    calls: dict[str, Callable], images: int, device: torch.device, repeats: int = 1
+) -> None:
+    """Print the median time of each call, which processes `images` images.
 
-    On a GPU, `repeats` calls are timed together, so that the host can run ahead.
+    Each round runs all calls, in random order. On a GPU, `repeats` calls are timed
+    together, so that the host can run ahead.
     """
-    seconds = {}
+    times = {}
     for name, call in calls.items():
         try:
             call()  # compiles
-            seconds[name] = []
+            times[name] = []
         except (ImportError, RuntimeError) as error:
-            print(f"left out: {name}, {str(error).splitlines()[0]}")
-    for turn in range(WARMUP + ROUNDS):
-        names, first = list(seconds), turn % len(seconds)
-        for name in names[first:] + names[:first]:  # no call always has the best place
+            print(f"{name} is skipped: {error}")
+    for _ in range(WARMUP + ROUNDS):
+        for name in random.sample(list(times), len(times)):
             synchronize(device)
             start = time.perf_counter()
             for _ in range(repeats):
                 calls[name]()
             synchronize(device)
-            seconds[name].append((time.perf_counter() - start) / repeats)
-    return {name: 1e3 * statistics.median(s[WARMUP:]) for name, s in seconds.items()}
+            times[name].append((time.perf_counter() - start) / repeats)
+    for name in times:
+        seconds = statistics.median(times[name][WARMUP:])
+        print(f"{name:<24}{1e3 * seconds:10.2f} ms{images / seconds:12.1f} images/s")
 
 
 def synchronize(device: torch.device) -> None:
@@ -67,22 +70,22 @@ def synchronize(device: torch.device) -> None:
 
 
 def scipy_labels(mask: torch.Tensor) -> torch.Tensor:
-    """Label components by one call of SciPy, on the CPU."""
+    """Label all maps by one call of SciPy, on the CPU."""
     import scipy.ndimage
 
-    nothing, touching = [[0] * 3] * 3, [[1] * 3] * 3
+    apart, touching = [[0] * 3] * 3, [[1] * 3] * 3  # between maps, and within a map
     maps = mask.flatten(0, -3).cpu().numpy()
-    labels, _ = scipy.ndimage.label(maps, [nothing, touching, nothing])
+    labels, _ = scipy.ndimage.label(maps, [apart, touching, apart])
     return torch.from_numpy(labels).to(mask.device).view(mask.shape)
 
 
 def opencv_entropy(similarity: torch.Tensor) -> torch.Tensor:
-    """Compute the loss by a loop of OpenCV calls on the CPU and a mask per component."""
+    """Compute the loss as the authors do: an OpenCV call per map, a mask per component."""
     import cv2
 
     maps = similarity.flatten(0, -3)
     activation = F.relu(maps - maps.mean((-2, -1), keepdim=True))
-    owners, masks = [], []
+    owners, masks = [], []  # of each component: the index of its map, and its pixels
     for owner, mask in enumerate((activation.detach() > 0).byte().cpu().numpy()):
         count, labels = cv2.connectedComponents(mask, connectivity=8)
         for label in range(1, count):
@@ -113,15 +116,15 @@ def time_loss(args: Namespace) -> None:
     def with_gradient(loss: Callable, maps: torch.Tensor) -> None:
         torch.autograd.grad(loss(maps), maps)
 
-    print(f"{images} images x 6 heads, ms")
+    print(f"{images} images x 6 heads")
     for side in (14, 28, 56):
         maps = torch.randn(images, 6, side, side, device=device, requires_grad=True)
         mask = threshold_at_mean(maps) > 0
         calls = {f"labels, {name}": partial(f, mask) for name, f in labelings.items()}
         for name, loss in entropies.items():
             calls[f"loss, {name}"] = partial(with_gradient, loss, maps)
-        for name, median in time_in_turn(calls, device).items():
-            print(f"{side}x{side}  {name:<20}{median:10.2f}")
+        print(f"{side}x{side}")
+        time_in_turn(calls, images, device)
 
 
 # ----------------------------------------------------------------- a step and evaluation
@@ -139,26 +142,17 @@ def vit_small(device: torch.device) -> dict[str, torch.nn.Module]:
         peer = timm.create_model("vit_small_patch16_224")
         models[f"timm {timm.__version__}"] = peer
     except ImportError:
-        print("left out: timm, which is not installed")
+        print("timm is skipped: it is not installed")
     return {name: model.to(device) for name, model in models.items()}
 
 
-def print_rates(medians: dict[str, float], images: int) -> None:
-    first = next(iter(medians.values()))
-    for name, median in medians.items():
-        rate = 1e3 * images / median
-        print(f"{name:<24}{median:8.1f} ms{rate:10.1f} images/s", end="")
-        print(f"{median / first:9.3f} of the first")
-
-
 def time_loading() -> float:
-    """Return how many milliseconds a core takes to load an image by CIFAR's recipe."""
+    """Return the milliseconds to load an image by CIFAR-100's recipe, in one process."""
     recipe = train.parse_args(["--dataset", "cifar100"])
+    options = {"crop": recipe.crop, "rand_augment": 9, "reprob": recipe.reprob}
+    augment = data.train_transform("cifar100", recipe.img_size, **options)
     images = torch.randint(256, (512, 32, 32, 3), dtype=torch.uint8).numpy()
-    augment = data.train_transform(
-        "cifar100", 224, crop=recipe.crop, rand_augment=9, reprob=recipe.reprob
-    )
-    dataset = data.Images(images, torch.zeros(len(images)).long(), [], augment)
+    dataset = data.Images(images, torch.zeros(512, dtype=torch.int64), [], augment)
     loader = data.make_loader(dataset, 64, train=True, workers=0, pin_memory=False)
     start = time.perf_counter()
     for _ in loader:
@@ -184,50 +178,52 @@ def time_step(args: Namespace) -> None:
         optimizer.zero_grad()
 
     print(f"{count} images of 224x224; loading one: {time_loading():.2f} ms")
-    for compiled in False, True:
+    for mode in "eager", "compiled":
         steps = {}
-        for name, model in vit_small(args.device).items():
+        models = vit_small(args.device)
+        for name, model in models.items():
             optimizer = train.make_optimizer(model, weight_decay=0.05)
             entropy = spatial_entropy if name == "SAR" else None
-            if compiled:
-                model = torch.compile(model)
-                entropy = entropy and torch.compile(entropy)
+            if mode == "compiled":
+                model, entropy = (
+                    torch.compile(model),
+                    entropy and torch.compile(entropy),
+                )
             steps[name] = partial(step, model, entropy, optimizer)
-        print("compiled" if compiled else "eager")
-        print_rates(
-            time_in_turn(steps, args.device, repeats=10 if args.amp else 1), count
-        )
-        if args.device.type == "cuda":
-            for name, call in steps.items():
-                # All models are there: take the peak above what they keep.
-                torch.cuda.reset_peak_memory_stats()
-                before = torch.cuda.memory_allocated()
-                call()
-                peak = torch.cuda.max_memory_allocated() - before
-                print(f"{name:<24}{peak / 1e6:8.0f} MB for gradients and activations")
+        print(mode)
+        time_in_turn(steps, count, args.device, repeats=10 if args.amp else 1)
+        for name in steps if args.amp else ():
+            torch.cuda.reset_peak_memory_stats(args.device)
+            before = torch.cuda.memory_allocated(args.device)  # by all three models
+            steps[name]()
+            peak = torch.cuda.max_memory_allocated(args.device) - before
+            kept = 3 * sum(w.nbytes for w in models[name].parameters())  # AdamW's too
+            print(f"{name:<24}{(peak + kept) / 1e6:8.0f} MB at the peak")
 
 
 @torch.inference_mode()
 def time_eval(args: Namespace) -> None:
-    """Time `evaluate`, with its statistics of attention, beside forward passes alone."""
-    count = args.batch_size or (256 if args.amp else 8)
+    """Time `evaluate`, with normalization and statistics, and forward passes alone."""
+    count, batches = (256, 10) if args.amp else (8, 1)
+    count = args.batch_size or count
     shape = count, 3, 224, 224
     images = torch.randint(256, shape, dtype=torch.uint8, device=args.device)
-    batch = [(images, torch.randint(1000, (count,), device=args.device))]
+    loader = [(images, torch.randint(1000, (count,), device=args.device))] * batches
     normalize = data.normalizer(data.IMAGENET_MEAN, data.IMAGENET_STD, args.device)
     inputs = normalize(images)
 
     def forward(model: Callable) -> None:
-        with torch.autocast(args.device.type, torch.bfloat16, enabled=args.amp):
-            model(inputs)
+        for _ in range(batches):
+            with torch.autocast(args.device.type, torch.bfloat16, enabled=args.amp):
+                model(inputs)
 
     models = {name: model.eval() for name, model in vit_small(args.device).items()}
     how = normalize, args.device, args.amp
-    calls = {"evaluate": partial(evaluate, models["SAR"], batch, *how)}
+    calls = {"evaluate": partial(evaluate, models["SAR"], loader, *how)}
     for name, model in models.items():
         calls[f"forward, {name}"] = partial(forward, model)
-    print(f"{count} images of 224x224")
-    print_rates(time_in_turn(calls, args.device), count)
+    print(f"batches of {count} images of 224x224: {batches}")
+    time_in_turn(calls, count * batches, args.device)
 
 
 def main() -> None:
@@ -236,7 +232,8 @@ def main() -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         usage=argparse.SUPPRESS,
     )
-    parser.add_argument("what", choices=("loss", "step", "eval"))
+    benchmarks = {"loss": time_loss, "step": time_step, "eval": time_eval}
+    parser.add_argument("what", choices=benchmarks)
     parser.add_argument("--device", default="cpu", help="cuda or cpu [%(default)s]")
     parser.add_argument("--batch-size", type=int, help="images at a time")
     args = parser.parse_args()
@@ -247,7 +244,7 @@ def main() -> None:
     args.amp = args.device.type == "cuda"
     precision = "bfloat16" if args.amp else "float32"
     print(f"{hardware(args.device)}, {precision}, PyTorch {torch.__version__}")
-    {"loss": time_loss, "step": time_step, "eval": time_eval}[args.what](args)
+    benchmarks[args.what](args)
 
 
 if __name__ == "__main__":

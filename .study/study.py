@@ -2,24 +2,26 @@
 """Compare runs: your own, or those of the study in .study/README.md.
 
     python .study/study.py compare runs/plain-* -- runs/sar-*   # your runs, by seed
-    python .study/study.py objects runs/sar-0 ...    # is attention on each image's object?
-    python .study/study.py commands shapes-14x14     # a line of shell for each run
-    python .study/study.py collect runs/study        # a line of JSON for each run
-    python .study/study.py table                     # the study's tables, in Markdown
+    python .study/study.py objects RUN ...          # does attention follow the objects?
+    python .study/study.py commands [SETTING ...]   # one shell command per run
+    python .study/study.py collect runs/study       # one line of JSON per run
+    python .study/study.py table                    # the study's tables
 
-`compare` prints means and standard deviations, and the mean difference to the first group
-between runs of the same seed, with its 95 % interval (Student's t). The intersection over
-union (IoU) of attention and objects is compared where it was measured: by eval.py with
---segmentation NAME --json RUN/eval.json, and then by `objects`.
+Tables have means ± standard deviations over seeds and, for B - A, the mean difference of
+runs with the same seed ± half the width of its 95 % confidence interval (Student's t).
+The intersection over union (IoU, or Jaccard index) of attention and objects is there if
+eval.py measured it, with --segmentation NAME --json RUN/eval.json, and then `objects`.
 """
 
-import argparse
+import itertools
 import json
 import math
 import os
 import statistics
 import sys
+from argparse import Namespace
 from pathlib import Path
+from string import ascii_uppercase
 
 import torch
 from torch.utils.data import Subset
@@ -31,7 +33,6 @@ import data
 import eval as evaluation
 import train
 from entropy import threshold_at_mean
-from model import model_of_run, read_checkpoint
 
 # Setting -> the options of train.py that its variants share.
 SETTINGS = json.loads((HERE / "settings.json").read_text())
@@ -44,6 +45,15 @@ VARIANTS = {
 }
 for value in ("0.003", "0.01", "0.03", "0.1", "0.3", "1", "3"):
     VARIANTS[f"sar-{value}"] = f"--sar-lambda {value}"
+COMMON = ("plain", "modified", "entropy-0.3", "sar-0.3")
+ADDED = {  # setting -> variants besides those
+    "shapes-14x14": ("sar-0.01", "sar-0.1", "sar-1", "sar-3"),
+    "fashion-1000-tuned-14x14": ("sar-0.01",),
+    "fashion-1000": tuple(VARIANTS.keys() - COMMON - {"sar-1", "sar-3"}),
+    "fashion-5000": ("sar-0.01",),
+    "shapes-1000": ("entropy-0.01", "sar-0.01", "sar-0.1"),
+    "shapes-1000-long": ("sar-0.01",),
+}
 
 
 def options_of(setting: str, variant: str, seed: int | str) -> str:
@@ -51,24 +61,24 @@ def options_of(setting: str, variant: str, seed: int | str) -> str:
     return f"{shared} --val-interval 1000 --seed {seed}"
 
 
-def commands(settings: list[str]) -> None:
-    """Print a line of shell for each run, which starts or continues it and measures it."""
-    for setting in settings:
+def commands(*settings: str) -> None:
+    """Print one shell command per run: start or resume it, then evaluate it."""
+    for setting in settings or SETTINGS:
         device = "--device cuda" if "cuda" in SETTINGS[setting] else "--device cpu"
         dataset = SETTINGS[setting].split()[1]
         masks = " --masks clipart/masks" if dataset == "folder" else ""
-        for seed in range(5):
-            for variant in VARIANTS:
-                run = f"runs/study/{setting}/{variant}-{seed}"
-                options = f"{options_of(setting, variant, seed)} {device}"
-                print(
-                    f"[ -e {run}/objects.json ] || {{ if [ -e {run}/log.jsonl ];"
-                    f" then python train.py --resume {run};"
-                    f" else python train.py {options} --output-dir {run}; fi &&"
-                    f" python eval.py --checkpoint {run}/checkpoint.pt {device}"
-                    f" --segmentation {dataset}{masks} --json {run}/eval.json &&"
-                    f" python .study/study.py objects {run}; }}"
-                )
+        variants = [*COMMON, *ADDED.get(setting, ())]
+        for seed, variant in itertools.product(range(5), variants):
+            run = f"runs/study/{setting}/{variant}-{seed}"
+            options = f"{options_of(setting, variant, seed)} {device}"
+            print(
+                f"[ -e {run}/objects.json ] || {{ if [ -e {run}/log.jsonl ];"
+                f" then python train.py --resume {run};"
+                f" else python train.py {options} --output-dir {run}; fi &&"
+                f" python eval.py --checkpoint {run}/checkpoint.pt {device}"
+                f" --segmentation {dataset}{masks} --json {run}/eval.json &&"
+                f" python .study/study.py objects {run}; }}"
+            )
 
 
 # ------------------------------------------------------------------------- measurements
@@ -80,275 +90,239 @@ def overlap(first: torch.Tensor, second: torch.Tensor) -> float:
     return 100 * (both / either.clamp(min=1)).mean().item()
 
 
-def objects(run: str) -> None:
-    """Measure whether attention follows the object of each image: RUN/objects.json.
+def measure(run: str) -> dict[str, float]:
+    """Measure how much the attention of a run depends on the image and on the head.
 
-    Attention that stays in the middle fits all objects that lie there, so the IoU with
-    the object of another image is measured; the rest of the IoU is object-specific. If
-    attention collapses, S > mean is the same for all heads or all images.
+    Attention to the center of every image has a high IoU with centered objects, so this
+    measures the IoU with the object of another image. What exceeds it is object-specific.
+    The attention has collapsed if the foregrounds of all heads or images are the same.
     """
     report = json.loads(Path(run, "eval.json").read_text())
-    dataset, masks = (report["segmentation"].get(key) for key in ("dataset", "masks"))
-    device = "cpu" if report["device"].startswith("cpu") else "cuda"
+    where, ema = report["segmentation"], report["weights"] == "model_ema"
+    device = "cpu" if report["device"].startswith("cpu") else None
     device = evaluation.choose_device(device)
-    checkpoint = read_checkpoint(f"{run}/checkpoint.pt")
-    model, settings = model_of_run(checkpoint, run), checkpoint["settings"]
-    maps = []
+    trained = evaluation.load_trained(run, Namespace(device=device, model_ema=ema))
+    model, maps = trained.at(tuple(where["img_size"])), []
     model.register_forward_hook(lambda _, __, output: maps.append(output[1].float()))
-    images = data.load_masks(dataset, settings["data_dir"], model.img_size, masks)
-    objects = images.objects
-    if dataset == "folder":  # neighbors are of the same class
+    source = where["dataset"], where["data_dir"], model.img_size, where["masks"]
+    images = data.load_masks(*source)
+    order = range(len(images))
+    if where["dataset"] == "folder":  # sorted by class and name: neighbors are alike
         generator = torch.Generator().manual_seed(0)
         order = torch.randperm(len(images), generator=generator).tolist()
-        images = Subset(images, order)
-    loader = data.make_loader(images, 500, train=False, workers=0, pin_memory=False)
-    others = ((images, masks.roll(1, 0)) for images, masks in loader)
-    source = data.DATASETS[settings["dataset"]]
-    normalize = data.normalizer(source.mean, source.std, device)
-    amp, protocol = report["precision"] == "bfloat16", evaluation.PROTOCOLS["dino"]
-    how = normalize, device, amp, protocol, objects
-    other = evaluation.segment(model.to(device), others, *how)
-    kept = threshold_at_mean(torch.cat(maps)) > 0  # (images, heads, H, W)
-    heads = range(kept.shape[1])
-    pairs = [(kept[:, a], kept[:, b]) for a in heads for b in heads if a < b]
-    found = {
+    shuffled = Subset(images, order)
+    loader = data.make_loader(shuffled, 500, train=False, workers=0, pin_memory=False)
+    other = evaluation.segment(
+        model,
+        ((images, masks.roll(1, 0)) for images, masks in loader),
+        data.normalizer(trained.mean, trained.std, device),
+        device,
+        report["precision"] == "bfloat16",
+        evaluation.PROTOCOLS[where["protocol"]],
+        images.objects,
+    )
+    foreground = threshold_at_mean(torch.cat(maps)) > 0  # (images, heads, H, W)
+    pairs = itertools.combinations(foreground.unbind(1), 2)  # of heads
+    return {
         "iou_mass_other": other["jaccard_mass"],
         "iou_mean_other": other["jaccard_mean"],
-        "foreground": 100 * kept.double().mean().item(),
+        "foreground": 100 * foreground.double().mean().item(),
         "heads_iou": statistics.mean(overlap(*pair) for pair in pairs),
-        "images_iou": overlap(kept, kept.roll(1, 0)),
+        "images_iou": overlap(foreground, foreground.roll(1, 0)),
     }
-    Path(run, "objects.json").write_text(json.dumps(found) + "\n")
-    print(f"{run}: {json.dumps(found)}", flush=True)
 
 
-def read_run(run: str) -> dict:
-    """Return the seed, measurements, minutes, versions and settings of a complete run."""
+def objects(*runs: str) -> None:
+    """Write what `measure` finds of runs that have an eval.json to RUN/objects.json."""
+    for run in runs:
+        Path(run, "objects.json").write_text(json.dumps(measure(run)) + "\n")
+
+
+def read_run(run: str | Path) -> tuple[dict, dict]:
+    """Return the settings of a finished run, and its line of results.jsonl."""
     lines = Path(run, "log.jsonl").read_text().splitlines()
     settings, *epochs = map(json.loads, lines)
     if len(epochs) < settings["epochs"]:
         raise ValueError(f"{run} has only {len(epochs)} of {settings['epochs']} epochs")
     last = epochs[-1]
-    found = {"seed": settings["seed"], "epochs": last["epoch"]}
+    found = {name: settings[name] for name in ("seed", "epochs")}
     found["accuracy"] = last["test_acc1"]
     for name in "entropy", "components", "entropy_per_head", "components_per_head":
         found[name] = last[f"test_{name}"]
     if (file := Path(run, "eval.json")).exists():
-        for name, value in json.loads(file.read_text()).get("segmentation", {}).items():
-            if name.startswith("jaccard"):
-                found[name.replace("jaccard", "iou")] = value
+        iou = json.loads(file.read_text()).get("segmentation", {})
+        found |= {k.replace("jaccard", "iou"): iou[k] for k in iou if "jaccard" in k}
     if (file := Path(run, "objects.json")).exists():
         found |= json.loads(file.read_text())
     found["minutes"] = sum(epoch["seconds"] for epoch in epochs) / 60
-    for name in "torch", "torchvision", "python", "hardware":
-        found[name] = settings[name]
-    return found | {"settings": settings}
+    names = "torch", "torchvision", "python", "hardware"
+    return settings, found | {name: settings[name] for name in names}
 
 
-def collect(folders: list[str]) -> None:
-    """Print a line of JSON for each measured run in FOLDER/SETTING/VARIANT-SEED."""
-    may_differ = train.MAY_CHANGE | train.NO_SETTINGS | {"output_dir", "val_interval"}
+def collect(*folders: str) -> None:
+    """Print one line of JSON for each measured run, FOLDER/SETTING/VARIANT-SEED."""
+    may_differ = train.MAY_CHANGE | train.NO_SETTINGS
+    may_differ |= {"amp", "output_dir", "val_interval"}
     files = [file for each in folders for file in Path(each).glob("*/*/objects.json")]
-    for file in sorted(files):
-        setting, name = file.parts[-3:-1]
-        variant, _, seed = name.rpartition("-")
-        found = read_run(file.parent)
-        settings = found.pop("settings")
-        for name, value in vars(
-            train.parse_args(options_of(setting, variant, seed).split())
-        ).items():
-            if name not in may_differ and value not in (None, settings[name]):
-                raise ValueError(f"{file.parent} has another {name}: {settings[name]}")
+    for run in sorted(file.parent for file in files):
+        setting, (variant, _, seed) = run.parent.name, run.name.rpartition("-")
+        settings, found = read_run(run)
+        wanted = vars(train.parse_args(options_of(setting, variant, seed).split()))
+        for name in wanted.keys() - may_differ:
+            if settings[name] != wanted[name]:
+                raise ValueError(f"{run} was trained with {name} {settings[name]}")
         print(json.dumps({"setting": setting, "variant": variant} | found))
 
 
 # --------------------------------------------------------------------------- comparison
 
-# Measure -> its name, and the decimals to print.
+# Measure -> its label, and the decimals to print.
 MEASURES = {
     "accuracy": ("accuracy, %", 2),
     "entropy": ("spatial entropy, nats", 3),
     "components": ("components per head", 2),
-    "mean": ("IoU of S > mean, best head, %", 1),
-    "mean_heads": ("IoU of S > mean, mean over heads, %", 1),
-    "mean_object": ("IoU of S > mean, object-specific, %", 1),
-    "mass": ("IoU of 60 % of the attention, best head, %", 1),
-    "mass_object": ("IoU of 60 % of the attention, object-specific, %", 1),
+    "iou_mean": ("IoU of S > mean, best head, %", 1),
+    "iou_mean_heads": ("IoU of S > mean, mean of heads, %", 1),
+    "iou_mean_object": ("IoU of S > mean, object-specific, %", 1),
+    "iou_mass": ("IoU of 60 %, best head, %", 1),
+    "iou_mass_object": ("IoU of 60 %, object-specific, %", 1),
     "foreground": ("S > mean, % of the patches", 1),
-    "heads_iou": ("IoU of S > mean in two heads, %", 1),
-    "images_iou": ("IoU of S > mean in two images, %", 1),
+    "heads_iou": ("IoU of S > mean between heads, %", 1),
+    "images_iou": ("IoU of S > mean between images, %", 1),
 }
-# 97.5 % quantiles of Student's t for two pairs, three, and so on, rounded up. The last is
-# used for more than ten pairs too, which makes the interval a little too wide.
-STUDENT = [12.7063, 4.3027, 3.1825, 2.7765, 2.5706, 2.4470, 2.3647, 2.3061, 2.2622]
+# 97.5 % quantiles of Student's t for 3, 4, ... pairs, rounded up. The last one is used for
+# more than ten pairs too, which makes the interval slightly too wide.
+STUDENT = [4.3027, 3.1825, 2.7765, 2.5706, 2.4470, 2.3647, 2.3061, 2.2622]
+Group = dict[int, dict[str, float]]  # seed -> measure -> value
 
 
 def measures_of(run: dict) -> dict[str, float]:
-    """Return those of MEASURES that a run has."""
-    found = {name: run[name] for name in MEASURES if name in run}
-    for rule in "mean", "mass":
-        if f"iou_{rule}" in run:
-            found[rule] = run[f"iou_{rule}"]
-            found[f"{rule}_heads"] = statistics.mean(run[f"iou_{rule}_per_head"])
-        if f"iou_{rule}_other" in run:
-            found[f"{rule}_object"] = found[rule] - run[f"iou_{rule}_other"]
-    return found
+    """Return those of MEASURES that a line of results.jsonl has."""
+    found = dict(run)
+    for rule in "iou_mean", "iou_mass":
+        if rule in run:
+            found[f"{rule}_heads"] = statistics.mean(run[f"{rule}_per_head"])
+        if f"{rule}_other" in run:
+            found[f"{rule}_object"] = run[rule] - run[f"{rule}_other"]
+    return {name: found[name] for name in MEASURES if name in found}
 
 
-def cut(value: float, decimals: int, sign: str = "") -> str:
-    """Format a number without its further decimals."""
-    scaled = math.trunc(round(abs(value) * 10**decimals, 6))
-    return f"{math.copysign(scaled, value) / 10**decimals:{sign}.{decimals}f}"
+def spread(
+    values: list[float], decimals: int, sign: str = "", factor: float = 1
+) -> str:
+    """Format the mean, truncated, and `factor` standard deviations, rounded up."""
+    mean = round(statistics.mean(values) * 10**decimals, 6)
+    text = f"{math.modf(mean)[1] / 10**decimals:{sign}.{decimals}f}"
+    if len(values) > 1:
+        width = round(factor * statistics.stdev(values) * 10**decimals, 6)
+        text += f" ± {math.ceil(width) / 10**decimals:.{decimals}f}"
+    return text
 
 
-def spread(group: dict[int, dict], name: str, sign: str = "", factor: float = 1) -> str:
-    """Format the mean of a measure, and `factor` standard deviations, rounded up."""
+def cell(groups: dict[str, Group], column: str, name: str) -> str:
+    """Format a measure of a group, as "A", or the difference of two, as "B - A"."""
+    group, _, base = column.partition(" - ")
     decimals = MEASURES[name][1]
-    values = [run[name] for run in group.values() if name in run]
-    if not values:
+    values = {seed: run[name] for seed, run in groups[group].items() if name in run}
+    if not base:
+        return spread(list(values.values()), decimals) if values else ""
+    others = {seed: run[name] for seed, run in groups[base].items() if name in run}
+    pairs = [values[seed] - others[seed] for seed in values if seed in others]
+    if len(pairs) < 3:
         return ""
-    mean = cut(statistics.mean(values), decimals, sign)
-    if len(values) == 1:
-        return mean
-    scaled = math.ceil(round(factor * statistics.stdev(values) * 10**decimals, 6))
-    return f"{mean} ± {scaled / 10**decimals:.{decimals}f}"
+    factor = STUDENT[min(len(pairs), 10) - 3] / len(pairs) ** 0.5
+    return spread(pairs, decimals, "+", factor)
 
 
-def difference(group: dict[int, dict], base: dict[int, dict], name: str) -> str:
-    """Format the mean difference of runs of the same seed, and half its 95 % interval."""
-    pairs = {
-        seed: {name: group[seed][name] - base[seed][name]}
-        for seed in sorted(group.keys() & base.keys())
-        if name in group[seed] and name in base[seed]
-    }
-    if len(pairs) < 2:
-        return ""
-    student = STUDENT[min(len(pairs), 10) - 2]
-    return spread(pairs, name, "+", student / len(pairs) ** 0.5)
+def print_table(rows: list[list[str]]) -> None:
+    """Print Markdown, aligned; the first row has the titles."""
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    rows = [rows[0], ["-" * width for width in widths], *rows[1:]]
+    for row in rows:
+        print("|", " | ".join(map(str.ljust, row, widths)), "|")
+    print()
 
 
-def compare(groups: list[list[str]]) -> None:
-    """Print a table of groups of runs, the first of which is the baseline."""
-    columns = {}
-    for group in groups:
-        runs = {run["seed"]: measures_of(run) for run in map(read_run, group)}
-        if len(runs) < len(group) or not runs:
-            raise ValueError(
-                f"a group needs runs of different seeds: {' '.join(group)}"
-            )
-        title = os.path.commonprefix([Path(run).name for run in group]).rstrip("-")
-        columns[f"{title} ({len(runs)})"] = runs
-    base, *others = columns.values()
-    first, *titles = columns
-    print(f"{'means (number of runs)':<48}{first:>20}", end="")
-    print("".join(f"{title:>20}{f'- {first}':>20}" for title in titles))
+def print_groups(title: str, groups: dict[str, Group], columns: list[str]) -> None:
+    """Print a table with a row for each measure that a group has."""
+    rows = [[title, *columns]]
     for name, (label, _) in MEASURES.items():
-        if all(name in run for runs in columns.values() for run in runs.values()):
-            cells = [spread(base, name)]
-            for runs in others:
-                cells += [spread(runs, name), difference(runs, base, name)]
-            print(f"{label:<48}" + "".join(f"{cell:>20}" for cell in cells))
+        cells = [cell(groups, column, name) for column in columns]
+        if any(cells):
+            rows.append([label, *cells])
+    print_table(rows)
+
+
+def compare(*words: str) -> None:
+    """Print a table of groups of runs, separated by "--"; the first is the baseline."""
+    lists = [[]]
+    for word in words:
+        if word == "--":
+            lists.append([])
+        else:
+            lists[-1].append(word)
+    groups, columns = {}, []
+    for letter, runs in zip(ascii_uppercase, lists):
+        found = [read_run(run)[1] for run in runs]
+        groups[letter] = {run["seed"]: measures_of(run) for run in found}
+        if len(groups[letter]) < max(len(runs), 1):
+            raise ValueError(f"a group needs runs of different seeds: {' '.join(runs)}")
+        columns += [letter] if letter == "A" else [letter, f"{letter} - A"]
+        print(f"{letter}: {len(runs)} runs, {os.path.commonprefix(runs)}*")
+    print_groups("", groups, columns)
 
 
 # -------------------------------------------------------------------- the study's tables
 
 DETAILED = ("shapes-14x14", "fashion-1000-tuned-14x14", "clipart-14x14")
-COMPACT = {  # measure -> columns: a variant, or the difference of two
-    "accuracy": ("plain", "modified - plain", "sar-0.3 - plain", "sar-0.3 - modified"),
-    "components": ("plain", "sar-0.3 - plain"),
-    "mean": ("plain", "entropy-0.3 - plain", "sar-0.3 - plain", "sar-0.3 - modified"),
-    "mean_object": ("sar-0.3 - plain",),
-    "mass": ("plain", "sar-0.3 - plain", "sar-0.3 - modified"),
-}
-
-
-def print_table(columns: list[str], rows: list[list[str]]) -> None:
-    for cells in (columns, ["---"] * len(columns), *rows):
-        print("|", " | ".join(cells), "|")
-    print()
+COMPACT = [  # measure, and the columns that the other settings have
+    ("accuracy", "plain, modified - plain, sar-0.3 - plain, sar-0.3 - modified"),
+    ("components", "plain, sar-0.3 - plain"),
+    ("iou_mean", "plain, entropy-0.3 - plain, sar-0.3 - plain, sar-0.3 - modified"),
+    ("iou_mean_object", "sar-0.3 - plain"),
+    ("iou_mass", "plain, sar-0.3 - plain, sar-0.3 - modified"),
+]
 
 
 def table() -> None:
-    """Print the tables of .study/README.md, made of results.jsonl."""
+    """Print the tables of .study/README.md from results.jsonl."""
     found = {setting: {variant: {} for variant in VARIANTS} for setting in SETTINGS}
     for line in (HERE / "results.jsonl").read_text().splitlines():
         run = json.loads(line)
         found[run["setting"]][run["variant"]][run["seed"]] = measures_of(run)
-
-    names = list(MEASURES)[:8]
     for setting in DETAILED:
-        rows = []
+        columns = []
         for variant, runs in found[setting].items():
             if len(runs) > 2:
-                cells = [f"`{variant}`", str(len(runs))]
-                for name in names:
-                    change = difference(runs, found[setting]["plain"], name)
-                    change = f"<br>{change}" if variant != "plain" else ""
-                    cells.append(spread(runs, name) + change)
-                rows.append(cells)
-        titles = [MEASURES[name][0] for name in names]
-        print_table([f"`{setting}`", "runs", *titles], rows)
+                columns += [variant] + [f"{variant} - plain"] * (variant != "plain")
+        print_groups(setting, found[setting], columns)
 
-    names = [name for name in MEASURES if name not in ("entropy", "mean_heads")]
-    rows = []
-    for variant, runs in found[DETAILED[0]].items():
-        if {0, 1} <= runs.keys():
-            both = [
-                [runs[seed].get(name, math.nan) for seed in (0, 1)] for name in names
-            ]
-            cells = zip(names, both)
-            cells = [", ".join(cut(v, MEASURES[n][1]) for v in vs) for n, vs in cells]
-            rows.append([f"`{variant}`", *cells])
-    print_table(["seeds 0, 1", *(MEASURES[name][0] for name in names)], rows)
+    both = {  # seeds of all lambdas
+        variant: {seed: runs[seed] for seed in (0, 1)}
+        for variant, runs in found["shapes-14x14"].items()
+        if {0, 1} <= runs.keys() and "entropy" not in variant
+    }
+    print_groups("shapes-14x14, seeds 0 and 1", both, list(both))
 
-    columns = [(name, column) for name in COMPACT for column in COMPACT[name]]
-    rows = []
-    for setting, variants in found.items():
+    columns = [(name, each) for name, text in COMPACT for each in text.split(", ")]
+    rows = [["", *(f"{MEASURES[name][0]}: {each}" for name, each in columns)]]
+    for setting in SETTINGS:
         if setting not in DETAILED:
-            cells = [f"`{setting}`"]
-            for name, column in columns:
-                variant, _, base = column.partition(" - ")
-                if base:
-                    cells.append(difference(variants[variant], variants[base], name))
-                else:
-                    cells.append(spread(variants[variant], name))
-            rows.append(cells)
-    titles = [f"{MEASURES[name][0]}: {column}" for name, column in columns]
-    print_table(["setting", *titles], rows)
+            cells = [cell(found[setting], each, name) for name, each in columns]
+            rows.append([setting, *cells])
+    print_table(rows)
 
 
 def main() -> None:
-    groups = [[]]
-    for word in sys.argv[1:]:
-        if word == "--":
-            groups.append([])
-        else:
-            groups[-1].append(word)
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        usage=argparse.SUPPRESS,
-    )
-    actions = "compare", "objects", "commands", "collect", "table"
-    parser.add_argument("action", choices=actions)
-    parser.add_argument("names", nargs="*", help="of runs, folders or settings")
-    args = parser.parse_args(groups[0])
+    functions = (compare, objects, commands, collect, table)
+    actions = {function.__name__: function for function in functions}
+    action, *words = sys.argv[1:] or [""]
+    if action not in actions:
+        sys.exit(__doc__)
     try:
-        if args.action == "compare":
-            compare([args.names, *groups[1:]])
-        elif args.action == "objects":
-            for run in args.names:
-                objects(run)
-        elif args.action == "commands":
-            commands(args.names or list(SETTINGS))
-        elif args.action == "collect":
-            collect(args.names)
-        else:
-            table()
-    except KeyError as error:
-        parser.error(f"there is no {error}")
+        actions[action](*words)
     except (OSError, ValueError) as error:
-        parser.error(str(error))
+        sys.exit(f"study.py: error: {error}")
 
 
 if __name__ == "__main__":
