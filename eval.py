@@ -30,7 +30,7 @@ import sys
 import textwrap
 import time
 from argparse import Namespace
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -338,7 +338,6 @@ def segment(
 # ------------------------------------------------------------------------ the picture
 
 TILE, GAP, LINE = 128, 6, 20  # pixels: side of a tile, space between, line of text
-LONGEST = 4  # an image with a larger aspect ratio is squeezed to this for the model
 # Viridis, from little attention to much, and Okabe and Ito's colors, from the heaviest
 # component on: color-blind readers can tell both apart.
 DARK, MIDDLE, BRIGHT = "#440154", "#21918c", "#fde725"
@@ -460,7 +459,6 @@ class Trained:
 
     model: VisionTransformer  # on the device, at the size of its training
     path: str
-    title: str  # in the picture
     settings: dict  # of the run, or PRETRAINED
     classes: list[str] | None  # names, None if they are not known
     mean: tuple[float, ...]  # its images are normalized with these
@@ -482,7 +480,7 @@ def load_trained(path: str, args: Namespace) -> Trained:
         model = model_of_run(checkpoint, path, args.model_ema)
         settings, classes = checkpoint["settings"], list(checkpoint["classes"])
         settings["crop"] = settings["crop"].replace("padded", "whole")
-        source, title = data.DATASETS[settings["dataset"]], title_of_run(settings)
+        source = data.DATASETS[settings["dataset"]]
         mean, std = source.mean, source.std
         epochs = f"{checkpoint['epoch']} of {settings['epochs']} epochs"
         say(f"{path}: {settings['model']} after {epochs}")
@@ -492,7 +490,7 @@ def load_trained(path: str, args: Namespace) -> Trained:
     else:
         weights = find_weights(checkpoint, path, args.model_ema)
         model, loaded = model_of_weights(weights, MODELS[args.model], path)
-        settings, classes, title = PRETRAINED, None, Path(path).stem
+        settings, classes = PRETRAINED, None
         if args.classes:
             count = len(weights.get("head.weight", ()))
             classes = read_class_names(args.classes, count)
@@ -500,15 +498,7 @@ def load_trained(path: str, args: Namespace) -> Trained:
         std = tuple(args.std or data.IMAGENET_STD)
         say(f"{loaded}; images are normalized with mean {mean}, std {std}")
     model.to(args.device).eval()
-    return Trained(model, path, title, settings, classes, mean, std)
-
-
-def title_of_run(settings: Mapping) -> str:
-    sar_lambda, last_skip = settings["sar_lambda"], settings["last_skip"]
-    kind = f"SAR, lambda {sar_lambda:g}" if sar_lambda else "plain ViT"
-    if last_skip != (sar_lambda == 0):  # not the paper's pairing
-        kind += " --last-skip" if last_skip else " --no-last-skip"
-    return f"{kind}, {settings['dataset']}, seed {settings['seed']}"
+    return Trained(model, path, settings, classes, mean, std)
 
 
 def newest_checkpoint(runs: str | os.PathLike = "runs") -> str:
@@ -722,13 +712,12 @@ def attention_maps(
     """Return the similarity maps, (heads, H, W), of an image of any size.
 
     Its shorter side becomes that of the model; the longer one keeps the aspect ratio, to
-    whole patches and up to LONGEST.
+    whole patches.
     """
     patch = trained.model.patch_size
     shorter = args.img_size or trained.model.img_size[0]
-    scale = shorter / min(image.size)
-    width, height = (min(scale * side, LONGEST * shorter) for side in image.size)
-    size = round(height / patch) * patch, round(width / patch) * patch
+    scale = shorter / patch / min(image.size)
+    size = [patch * round(scale * side) for side in (image.height, image.width)]
     pixels = v2.functional.resize(data.AS_TENSOR(image), size, data.BICUBIC)
     normalize = data.normalizer(trained.mean, trained.std, args.device)
     _, similarity = trained.at(size)(normalize(pixels[None].to(args.device)))
@@ -743,9 +732,7 @@ def report_picture(args: Namespace, trained: Trained, report: dict) -> Iterator[
         models.append(load_trained(args.compare, args))
     for each in models:
         each.at(args.img_size)  # raises if the patches do not fit
-    titles = [each.title for each in models]
-    if len(set(titles)) < len(titles):
-        titles = [each.path.removesuffix("/checkpoint.pt") for each in models]
+    titles = [each.path.removesuffix("/checkpoint.pt") for each in models]
     if args.images:
         one = os.path.isfile(args.images)
         files = [args.images] if one else data.list_images(args.images)[: args.rows]
