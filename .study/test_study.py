@@ -91,7 +91,7 @@ def test_objects_and_collect(tmp_path, monkeypatch, capsys) -> None:
         _, maps = model(normalize(images))
     kept = maps > maps.mean((-2, -1), keepdim=True)
     for key, objects in {"": masks, "_other": masks.roll(1, 0)}.items():
-        index, _ = slow_segment(kept, objects, lambda each: each, void_counts=False)
+        index, _ = slow_segment(kept, objects, void_counts=False)
         assert found[f"iou_mean{key}"] == pytest.approx(index, abs=1e-3)
     assert found["foreground"] == pytest.approx(100 * kept.double().mean().item())
     for key, pairs in {
