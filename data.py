@@ -31,8 +31,9 @@ NEAREST = v2.InterpolationMode.NEAREST_EXACT
 class Source:
     """A row of the table: where to get a dataset, how to read its splits, its statistics.
 
-    With a `reader` of torchvision, a split is the reader's argument ("+" joins several).
-    Without, it is a path in the data directory: of class folders, or of a list of files.
+    If there is a `reader`, of torchvision, `train` and `test` are its split arguments ("+"
+    joins several). Else they are paths in the data directory, of class folders or of a
+    list of files.
     """
 
     url: str
@@ -93,7 +94,7 @@ VOC2012 = Source(
 
 @dataclass(eq=False)
 class Images(Dataset):
-    """(image, label) pairs. The transform gets a PIL image, or a tensor if it is one."""
+    """(image, label) pairs. The transform gets a PIL image or a tensor."""
 
     images: Sequence  # by index: paths, or uint8 (h, w), (h, w, 3) or tensors (3, h, w)
     targets: torch.Tensor  # int64 (n,), indices into classes
@@ -118,7 +119,7 @@ def open_image(path: str | os.PathLike) -> Image.Image:
     """Read an image as people see it: RGB, upright, transparency on white.
 
     Raise OSError, which names the file, if it cannot be read or if its pixels have no
-    known scale, as float and 32-bit integers.
+    known scale, such as float and 32-bit integers.
     """
     image = _decode(path)
     # 16-bit PGM, and 16-bit PNG in older Pillow, have mode "I".
@@ -244,9 +245,10 @@ def _read_list(name: str, source: Source, data_dir: Path, part: str) -> Images:
     lines = (data_dir / part).read_text().splitlines()
     files, labels = zip(*(line.rsplit(" ", 1) for line in lines if line.strip()))
     labels = [int(label) for label in labels]
-    names = {label: Path(file).parent.name for file, label in zip(files, labels)}
-    files = [data_dir / file for file in files]
-    return Images(files, torch.tensor(labels), [names[n] for n in sorted(names)])
+    classes = [""] * (max(labels) + 1)  # a list may have no image of a class
+    for file, label in zip(files, labels):
+        classes[label] = Path(file).parent.name
+    return Images([data_dir / file for file in files], torch.tensor(labels), classes)
 
 
 def _read_folder(name: str, source: Source, data_dir: Path, part: str) -> Images:
@@ -256,37 +258,26 @@ def _read_folder(name: str, source: Source, data_dir: Path, part: str) -> Images
         folder = data_dir  # class folders alone, to evaluate
     if not folder.is_dir():
         raise _missing(name, source, f"there is no {folder} with class folders")
-    classes = list_classes(train if train.is_dir() else folder)
-    images = read_classes(folder, classes)
-    counts = images.targets.bincount(minlength=len(classes))
-    empty = [each for each, count in zip(classes, counts) if not count]
-    if empty and folder == train:
-        raise ValueError(f"{folder} has no images of {', '.join(empty)}")
-    if empty:
-        print(f"note: {folder} has no images of {', '.join(empty)}", flush=True)
-    return images
+    return read_classes(folder, list_classes(train if train.is_dir() else folder))
 
 
 def read_classes(folder: Path, classes: list[str]) -> Images:
     """Read a folder of class folders, and label its images by their places in `classes`."""
-    if len(classes) < 2:
-        raise ValueError(
-            f"{folder} must have a folder of images for each of two classes or more; it "
-            f"has: {', '.join(classes) or 'none'}"
-        )
     own = list_classes(folder)
     if unknown := [name for name in own if name not in classes]:
         raise ValueError(
             f"{folder} has {len(unknown)} classes that train/ does not have: "
             f"{', '.join(unknown[:5])}"
         )
-    labels = {name: label for label, name in enumerate(classes)}
-    pairs = [
-        (file, labels[name]) for name in own for file in list_images(folder / name)
-    ]
-    if not pairs:
-        raise ValueError(f"{folder} has no images")
-    files, targets = zip(*pairs)
+    files, targets = [], []
+    for name in own:
+        found = list_images(folder / name)
+        files += found
+        targets += [classes.index(name)] * len(found)
+    if len(classes) < 2 or not files:
+        raise ValueError(
+            f"{folder} must have a folder of images for each of two classes or more"
+        )
     return Images(files, torch.tensor(targets), classes)
 
 
@@ -376,7 +367,7 @@ def _draw(
 
 
 def balanced_subset(dataset: Images, size: int, seed: int) -> Subset:
-    """A random subset with equally many images of each class, as far as these suffice."""
+    """Return a random subset with as many images of each class, as far as possible."""
     if size > len(dataset):
         raise ValueError(
             f"--train-size {size} exceeds the {len(dataset)} training images"
@@ -395,8 +386,8 @@ def balanced_subset(dataset: Images, size: int, seed: int) -> Subset:
 # ------------------------------------------------- for evaluation: masks, corruptions
 
 VOID = 255  # in a mask, pixels that are neither object nor background
-# Dataset with masks -> number of kinds of objects.
-MASKS = {"voc2012": 20, "pets": 1, "shapes": 1, "fashion-mnist": 1, "folder": 1}
+OBJECTS = 20  # kinds of objects in VOC 2012; in others all objects are of kind 1
+MASKS = ("voc2012", "pets", "shapes", "fashion-mnist", "folder")
 AS_TENSOR = v2.Compose([v2.RGB(), v2.ToImage(), v2.ToPureTensor()])
 
 
@@ -405,13 +396,12 @@ class Masked(Dataset):
     """(image, mask) pairs of one size, uint8: (3, height, width) and (height, width).
 
     Both are resized without keeping the aspect ratio, as in the authors' code. A mask has
-    0 for the background, 1 to `objects` for the kinds of objects, or VOID.
+    0 for the background, 1 to OBJECTS for the kinds of objects, or VOID.
     """
 
     images: Sequence  # by index: paths, or uint8 tensors (C, h, w)
     masks: Sequence  # paths, or uint8 tensors (h, w)
     size: tuple[int, int]  # height and width
-    objects: int
     meaning: torch.Tensor | None = None  # uint8, maps the values of masks, if needed
 
     def __len__(self) -> int:
@@ -471,7 +461,7 @@ def load_masks(
         pets = _open(name, DATASETS[name], data_dir, DATASETS[name].test)
         images, masks = pets._images, pets._segs
         meaning = torch.tensor([VOID, 1, 0, VOID], dtype=torch.uint8)
-    return Masked(images, masks, size, MASKS[name], meaning)
+    return Masked(images, masks, size, meaning)
 
 
 def load_corruptions(
@@ -487,8 +477,6 @@ def load_corruptions(
     classes = None
     for path in sorted(Path(folder).glob("*/[1-5]")):
         classes = classes or list_classes(path)
-        if list_classes(path) != classes:
-            raise ValueError(f"{path} has other classes than the folders before it")
         part = partial(read_classes, path, classes)
         found.setdefault(path.parent.name, {})[int(path.name)] = part
     for path in sorted(set(Path(folder).glob("*.npy")) - {Path(folder, "labels.npy")}):
@@ -509,7 +497,9 @@ def _read_array(path: Path, severity: int) -> Images:
     if images.dtype != np.uint8 or images.shape[-1] != 3 or len(images) % 5:
         raise ValueError(f"{path} is not uint8 (5 * n, height, width, 3)")
     if len(labels) not in (count, 5 * count):
-        raise ValueError(f"{path} has {count} images of each severity, labels.npy not")
+        raise ValueError(
+            f"{path} has {count} images of each severity, but there are {len(labels)} labels"
+        )
     part = slice((severity - 1) * count, severity * count)
     labels = np.tile(labels, 5)[part]
     return Images(images[part], torch.from_numpy(labels).long(), [])
@@ -572,27 +562,15 @@ def test_transform(img_size: int, *, crop: str) -> v2.Compose:
     """Prepare for testing: PIL or uint8 (C, H, W) to uint8 (3, img_size, img_size).
 
     `crop` is "resized" (the center, after resizing to 256/224, the ImageNet protocol),
-    "center" (the center of the image as it is), or else the whole image is resized.
+    or else the whole image is resized.
     """
     steps: list[Callable] = [v2.RGB()]
     if crop == "resized":
         steps.append(v2.Resize(img_size * 256 // 224, BICUBIC))
-    if crop == "center":
-        steps.append(partial(_refuse_smaller, img_size))
-    if crop in ("resized", "center"):
         steps.append(v2.CenterCrop(img_size))
     else:
         steps.append(v2.Resize((img_size, img_size), BICUBIC))
     return v2.Compose([*steps, v2.ToImage(), v2.ToPureTensor()])
-
-
-def _refuse_smaller(size: int, image: object) -> object:
-    """Return an image, or raise ValueError where a crop would pad it with black."""
-    if min(v2.functional.get_size(image)) < size:
-        raise ValueError(
-            f"--crop center needs images of {size} pixels; try --crop whole"
-        )
-    return image
 
 
 def make_mix(mixup: float, cutmix: float, classes: int) -> Callable:

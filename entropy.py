@@ -11,7 +11,7 @@ From Peruzzo et al., "Spatial Entropy as an Inductive Bias for Vision Transforme
     (5)  H(S) = - sum_n P_n ln P_n                   in nats; one component gives 0
     (6)  L = L_classification + lambda * mean of H over images and heads
 
-    S similarity    A activation    C labels    P probability    H entropy
+In the code S is `similarity`, A `activation`, C `labels`, P `probability`, H `entropy`.
 
 Usage, with the queries and keys (B, heads, N, head_dim) of the last attention layer:
 
@@ -21,7 +21,8 @@ Usage, with the queries and keys (B, heads, N, head_dim) of the last attention l
     loss = criterion(logits, target) + 0.01 * spatial_entropy(similarity)
     loss.backward()
 
-0.01 is the paper's lambda, which its training loop warms up and decays.
+0.01 is the paper's lambda, which its training loop warms up and decays. Small models may
+need more, such as 0.3.
 
 Compiling is optional. On a GPU it makes loss and gradient 2 to 5 times faster, on a CPU
 no faster. The host never waits for the GPU, so mode="reduce-overhead" works too:
@@ -34,8 +35,8 @@ operations on the input's device, not by a loop of OpenCV calls on the CPU; a ba
 constant maps gives 0 instead of raising; a non-finite score gives NaN instead of being
 skipped; A has no 1e-9 added.
 
-This file requires PyTorch alone: 2.4, or 2.9 for torch.compile, as the code that older
-releases generate for a CPU corrupts memory.
+This file requires PyTorch alone, 2.4 or newer. torch.compile requires 2.9: for a CPU,
+older releases generate code that corrupts memory.
 """
 
 import torch
@@ -56,13 +57,14 @@ def similarity_maps(
         query, key: (B, heads, N, head_dim) with N = prefix_tokens + H * W, as they enter
             the product: after any normalization or rotation.
         grid: (H, W) in patches; None means a square.
-        prefix_tokens: number of tokens before the patches: CLS, which is the first,
-            distillation and registers.
+        prefix_tokens: number of tokens before the patches: the CLS token, which must be
+            first, distillation and register tokens.
         pool: "cls" takes the scores of the CLS query; "mean", for models without a CLS
             token, the mean of the scores of all patch queries.
 
     Returns:
-        (B, heads, H, W), float64 for float64 input, else float32, also under autocast.
+        (B, heads, H, W) in float64 for float64 input, else in float32, also under
+        autocast.
     """
     if query.dim() != 4 or query.shape != key.shape:
         shapes = f"{tuple(query.shape)} and {tuple(key.shape)}"
@@ -180,7 +182,7 @@ def entropy_of_masses(masses: torch.Tensor) -> torch.Tensor:
 
 
 def spatial_entropy(similarity: torch.Tensor, reduction: str = "mean") -> torch.Tensor:
-    """Compute the spatial entropy of similarity maps in nats, equations (2) to (6).
+    """Compute the spatial entropy of similarity maps, equations (2) to (5), in nats.
 
     Args:
         similarity: floating point (..., H, W), such as (B, heads, H, W): scores before
@@ -205,23 +207,24 @@ def spatial_entropy(similarity: torch.Tensor, reduction: str = "mean") -> torch.
 def _label(masks: torch.Tensor, stop_early: bool) -> torch.Tensor:
     """Label the components of bool (M, H, W), with no dimension 0, by Boruvka's algorithm.
 
-    The pixels of a 2x2 block all touch, so blocks are labeled, a quarter as many. Two
-    blocks are linked if a foreground pixel of one touches one of the other. A class is
-    the set of blocks with the same label, the position of its last block. At first each
-    block is a class. In each round, every class l
+    The pixels of a 2x2 block all touch, so this labels blocks, which are a quarter as
+    many. Two blocks are linked if a foreground pixel of one touches one of the other. A
+    group is the set of blocks with the same label, the position of its last block. At
+    first each block is a group. In each round, every group l
 
-    (a) finds t(l), the largest label among the other classes it is linked to, and
+    (a) finds t(l), the largest label among the other groups it is linked to, and
     (b) points to max(l, t(l), t(t(l))), or to itself if it is linked to no other. The
-        blocks follow these pointers to their ends, by squaring them (pointer jumping).
+        blocks follow these pointers to their ends: each time all pointers are replaced
+        by the pointers they lead to, they reach twice as far (pointer jumping).
 
-    As class t(l) is linked to class l, t(t(l)) >= l. So pointers never descend, and a
-    class is led to its last block. A linked class points to itself only if t(t(l)) = l
-    > t(l); then class t(l) points to it. So every class that remains merges at least
+    As group t(l) is linked to group l, t(t(l)) >= l. So pointers never descend, and they
+    end at the last block of a group. A linked group points to itself only if t(t(l)) = l
+    > t(l); then group t(l) points to it. So every group that remains merges at least
     two, unless it is a whole component, and each round at least halves the number of
-    classes of an unfinished component. That is at most ceil(H / 2) * ceil(W / 2) = k
-    at first: floor(log2(k)) rounds suffice, 5 for 14x14. Where c classes are left, a
-    block's chain has at most c pointers, one to its class and c - 1 on from there, and
-    n squarings follow 2^n.
+    groups of an unfinished component. That is at most ceil(H / 2) * ceil(W / 2) = k
+    at first: floor(log2(k)) rounds suffice, 5 for 14x14. Where c groups are left, a
+    block's chain has at most c pointers, one to its group and c - 1 on from there, and
+    n jumps follow 2^n.
 
     stop_early ends both loops when nothing changes; this check makes the host wait.
     """
@@ -232,7 +235,9 @@ def _label(masks: torch.Tensor, stop_early: bool) -> torch.Tensor:
     down = columns + 1
     pixels = F.pad(masks, (2, 2 * columns - width, 2, 2 * rows - height))
     pixels = pixels.view(number, rows + 1, 2, down, 2)
-    nw, ne, sw, se = pixels.permute(2, 4, 0, 1, 3).reshape(4, -1)  # of each block
+    nw, ne, sw, se = pixels.permute(2, 4, 0, 1, 3).reshape(
+        4, -1
+    )  # pixels of each block
     links = []
     for step, here, there in (
         (1, ne | se, nw | sw),
@@ -243,10 +248,12 @@ def _label(masks: torch.Tensor, stop_early: bool) -> torch.Tensor:
         links.append((step, here[:-step] & there[step:]))
 
     labels = torch.arange((rows + 1) * down, device=masks.device).repeat(number, 1)
-    dtype = torch.int16 if labels.shape[1] < 2**15 else torch.int32  # small is fast
+    dtype = (
+        torch.int16 if labels.shape[1] < 2**15 else torch.int32
+    )  # the smaller, the faster
     line = labels.flatten().to(dtype)
-    classes = rows * columns  # the most that an unfinished component can have
-    while classes > 1:
+    groups = rows * columns  # the most that an unfinished component can have
+    while groups > 1:
         largest = torch.zeros_like(line)  # (a) for each block
         for step, link in links:
             largest[:-step].clamp_(min=line[step:] * link)
@@ -255,19 +262,20 @@ def _label(masks: torch.Tensor, stop_early: bool) -> torch.Tensor:
             break
         largest = largest.view_as(labels).int()
         table = torch.zeros_like(largest).scatter_reduce_(1, labels, largest, "amax")
-        table = table.long()  # (a) for each class; 0, a padding block, for none
+        table = table.long()  # (a) for each group; 0, a padding block, for none
         labels = labels.maximum(table).maximum(table.gather(1, table))  # (b)
         reach = 1  # how many pointers a look into `labels` follows
-        while reach < classes:
+        while reach < groups:
             further = labels.gather(1, labels)
             if stop_early and further.equal(labels):
                 break
             labels, reach = further, 2 * reach
         line = labels.flatten().to(dtype)
-        for step, link in links:  # keep those between different classes
+        for step, link in links:  # keep those between different groups
             link &= line[:-step] != line[step:]
-        classes //= 2
+        groups //= 2
 
+    # From the position in the line to 1 + the raster index, without the padding.
     raster = (line - line // down - columns).view(number, rows + 1, 1, down, 1)
     labels = (raster * pixels).view(number, 2 * (rows + 1), 2 * down)
     return labels[:, 2 : 2 + height, 2 : 2 + width].long()

@@ -13,11 +13,11 @@ Pretrained checkpoints of timm, DeiT and DINO need --model, which the files do n
     python eval.py --checkpoint dino_deitsmall16_pretrain.pth --model vit_small \\
         --segmentation voc2012 --protocol dino
 
-Accuracy is measured with --dataset, or without --segmentation, --corruptions, --images.
+With --segmentation, --corruptions or --images, accuracy is only measured if --dataset is
+given.
 """
 
 import argparse
-import contextlib
 import copy
 import json
 import math
@@ -32,7 +32,6 @@ import time
 from argparse import Namespace
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -50,14 +49,7 @@ from entropy import (
     entropy_of_masses,
     threshold_at_mean,
 )
-from model import (
-    MODELS,
-    VisionTransformer,
-    find_weights,
-    model_of_run,
-    model_of_weights,
-    read_checkpoint,
-)
+from model import MODELS, VisionTransformer, load_model, read_checkpoint
 
 # ------------------------------------------------------------- shared with train.py
 
@@ -101,44 +93,48 @@ def say(text: str, stays: bool = True) -> None:
 
 
 @torch.inference_mode()
-def evaluate(
+def predict(
     model: torch.nn.Module,
     loader: Iterable,
     normalize: Callable[[torch.Tensor], torch.Tensor],
     device: torch.device,
     amp: bool,
-    classes: torch.Tensor | None = None,
-) -> dict:
-    """Measure accuracy and attention statistics.
+) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """Yield logits (B, classes), similarity (B, heads, H, W) and targets, on the device.
 
     Args:
         model: images -> (logits, similarity), on `device`.
-        loader: of images, uint8 (B, 3, H, W), and labels, int64 (B,).
+        loader: of images, uint8 (B, 3, height, width), and targets, labels or masks.
         normalize: from `data.normalizer`.
         amp: run in bfloat16 autocast.
-        classes: the model's class of each label, int64; other logits are dropped.
+    """
+    model.eval()
+    for images, targets in loader:
+        images = normalize(images.to(device, non_blocking=True))
+        with torch.autocast(device.type, torch.bfloat16, enabled=amp):
+            logits, similarity = model(images)
+        yield logits.float(), similarity, targets.to(device, non_blocking=True)
+
+
+@torch.inference_mode()
+def evaluate(predictions: Iterable, classes: torch.Tensor | None = None) -> dict:
+    """Measure accuracy and attention statistics from what `predict` yields with labels.
+
+    `classes`, int64, is the model's class of each label; other logits are dropped.
 
     Returns:
         images (their number); loss (cross-entropy), acc1, acc5 (percent), entropy (nats)
-        and components, means over images; the latter two also _per_head, lists.
+        and components, means over images; and entropy_per_head, components_per_head.
     """
-    model.eval()
-    if classes is not None:
-        classes = classes.to(device)
     batches = []  # results per image; they stay on the device until the end
-    for images, labels in loader:
-        images = normalize(images.to(device, non_blocking=True))
-        labels = labels.to(device, non_blocking=True)
-        with torch.autocast(device.type, torch.bfloat16, enabled=amp):
-            logits, similarity = model(images)
-        logits = logits.float()
+    for logits, similarity, labels in predictions:
         if classes is not None:
-            logits = logits[:, classes]
+            logits = logits[:, classes.to(logits.device, non_blocking=True)]
         best = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]  # (B, 5)
         batch = {"loss": F.cross_entropy(logits, labels, reduction="none")}
         batch |= {"acc1": 100.0 * best[:, 0], "acc5": 100.0 * best.any(1)}
         batches.append(batch | _statistics(similarity))
-    means, counts = _average(batches, device)
+    means, counts = _average(batches)
     return {"images": counts["loss"], **means}
 
 
@@ -149,13 +145,12 @@ def _statistics(similarity: torch.Tensor) -> dict[str, torch.Tensor]:
     return {"entropy_per_head": entropy, "components_per_head": components}
 
 
-def _average(
-    batches: list[dict[str, torch.Tensor]], device: torch.device
-) -> tuple[dict, dict]:
+def _average(batches: list[dict[str, torch.Tensor]]) -> tuple[dict, dict]:
     """Average numbers, (B, ...) by name, over the images of all processes; count these."""
     means, counts = {}, {}
     for name in batches[0]:
-        values = torch.cat([batch[name] for batch in batches]).cpu().double()
+        values = torch.cat([batch[name] for batch in batches])
+        device, values = values.device, values.cpu().double()
         sums = torch.stack([values, torch.ones_like(values)], 1).sum(0)
         if dist.is_available() and dist.is_initialized():
             sums = sums.to(device)
@@ -232,7 +227,7 @@ PROTOCOLS = {
     "sar": Protocol(size=480, mass=0.6, void_counts=True),
     "ipvit": Protocol(size=512, mass=0.9, void_counts=True),
 }
-# The size is for these datasets; the small images of others have the model's input size.
+# Only these are resized to a protocol's size; others to the model's input size.
 PHOTOGRAPHS = ("voc2012", "pets")
 
 
@@ -253,72 +248,55 @@ def mass_mask(similarity: torch.Tensor, mass: float) -> torch.Tensor:
 
 
 def jaccard(
-    patches: torch.Tensor, masks: torch.Tensor, objects: int, void_counts: bool
+    patches: torch.Tensor, masks: torch.Tensor, void_counts: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Compute the Jaccard index, intersection over union, of each head and object.
 
     Args:
         patches: bool (B, heads, H, W), what each head keeps.
         masks: uint8 (B, height, width), in pixels, multiples of H and W: 0 background,
-            VOID, else the object, 1 to `objects`.
+            VOID, else the object, 1 to OBJECTS.
         void_counts: as in `Protocol`.
 
     Returns:
-        float32 (B, heads, objects), 0 where there is no such object, and bool
-        (B, objects), whether there is.
+        float32 (B, heads, OBJECTS), 0 where there is no such object, and bool
+        (B, OBJECTS), whether there is.
     """
     # A patch covers its pixels, as by nearest upsampling. So counting the pixels of each
     # object in each patch, once, leaves matrix products over the patches.
     count, _, height, width = patches.shape
     pixels = masks.unflatten(2, (width, -1)).unflatten(1, (height, -1))
     pixels = pixels.transpose(2, 3).flatten(3).flatten(1, 2)  # (B, H * W, of a patch)
-    pixels = pixels.where(pixels != data.VOID, objects + 1).long()
-    areas = pixels.new_zeros(count, height * width, objects + 2, dtype=torch.float32)
+    pixels = pixels.where(pixels != data.VOID, data.OBJECTS + 1).long()
+    areas = torch.zeros(count, height * width, data.OBJECTS + 2, device=masks.device)
     areas.scatter_add_(2, pixels, torch.ones((), device=areas.device).expand_as(pixels))
-    inside, void = areas[..., 1:-1], areas[..., -1:]  # (B, H * W, objects), (.., 1)
+    inside, void = areas[..., 1:-1], areas[..., -1:]  # (B, H * W, OBJECTS), (.., 1)
     size = areas.sum(-1, keepdim=True) - (0 if void_counts else void)
     chosen = patches.flatten(2).float()  # (B, heads, H * W)
-    intersection = chosen @ inside  # (B, heads, objects)
-    area = inside.sum(1, keepdim=True)  # (B, 1, objects)
+    intersection = chosen @ inside  # (B, heads, OBJECTS)
+    area = inside.sum(1, keepdim=True)  # (B, 1, OBJECTS)
     union = chosen @ size + area - intersection
     return intersection / union.clamp(min=1), area[:, 0] > 0
 
 
 @torch.inference_mode()
-def segment(
-    model: torch.nn.Module,
-    loader: Iterable,
-    normalize: Callable[[torch.Tensor], torch.Tensor],
-    device: torch.device,
-    amp: bool,
-    protocol: Protocol,
-    objects: int,
-) -> dict:
-    """Measure how well the attention of the last block covers the objects.
+def segment(predictions: Iterable, protocol: Protocol) -> dict:
+    """Measure how well the attention covers the objects, from what `predict` yields.
 
     For each object the head with the best Jaccard index counts; the mean is over the
     objects of an image, then over the images with objects. A head keeps patches by two
-    rules: the protocol's share of the mass, and the method's foreground, S > mean.
-
-    Args:
-        loader: as of `data.load_masks`: images, uint8 (B, 3, height, width), and masks,
-            uint8 (B, height, width), of 0, 1 to `objects`, and VOID.
-        The others: as in `evaluate`.
+    rules: the protocol's share of the mass, and the method's foreground, S > mean. The
+    targets are masks of `data.load_masks`, uint8 (B, height, width).
 
     Returns:
         images, images_with_objects; jaccard_mass and jaccard_mean of the two rules, in
         percent, NaN without objects, also _per_head; attention as in `evaluate`.
     """
-    model.eval()
     batches = []
-    for images, masks in loader:
-        images = normalize(images.to(device, non_blocking=True))
-        masks = masks.to(device, non_blocking=True)
-        with torch.autocast(device.type, torch.bfloat16, enabled=amp):
-            _, similarity = model(images)
+    for _, similarity, masks in predictions:
         rules = mass_mask(similarity, protocol.mass), threshold_at_mean(similarity) > 0
         patches = torch.cat(rules, 1)  # (B, 2 * heads, H, W)
-        index, present = jaccard(patches, masks, objects, protocol.void_counts)
+        index, present = jaccard(patches, masks, protocol.void_counts)
         finite = 0 * similarity.sum((-2, -1))  # NaN if a score is not finite
         index = index.unflatten(1, (2, -1)) + finite[:, None, :, None]  # by rule
         number = present.sum(1)[:, None]  # (B, 1), of objects
@@ -330,7 +308,7 @@ def segment(
     for batch in batches:  # not in the loop above: a selection waits for the GPU
         some = batch.pop("present").any(1)
         batch |= {key: batch[key][some] for key in batch if "jaccard" in key}
-    means, counts = _average(batches, device)
+    means, counts = _average(batches)
     images, with_objects = counts["entropy_per_head"], counts["jaccard_mass"]
     return {"images": images, "images_with_objects": with_objects, **means}
 
@@ -344,21 +322,12 @@ DARK, MIDDLE, BRIGHT = "#440154", "#21918c", "#fde725"
 PALETTE = ["#e69f00", "#56b4e9", "#009e73", "#cc79a7", "#d55e00", "#f0e442", "#0072b2"]
 
 
-@lru_cache
-def font(size: int) -> ImageFont.FreeTypeFont:
-    """Load a font with the letters of many languages, else Pillow's, which has few."""
-    for name in "NotoSansCJK-Regular.ttc", "DejaVuSans.ttf", "Arial Unicode.ttf":
-        with contextlib.suppress(OSError):
-            return ImageFont.truetype(name, size)
-    return ImageFont.load_default(size)
-
-
 def label(text: str, width: int, height: int = LINE, size: int = 16) -> Image.Image:
     """Write text into the middle of a white box, smaller if it would not fit."""
     box = Image.new("RGB", (width, height), "white")
-    fitting = int(size * width / max(font(size).getlength(text), 1))
-    letters = font(max(min(size, fitting), 1))
-    ImageDraw.Draw(box).text((width / 2, height / 2), text, "black", letters, "mm")
+    length = ImageFont.load_default(size).getlength(text)
+    font = ImageFont.load_default(max(min(size, int(size * width / (length + 1))), 1))
+    ImageDraw.Draw(box).text((width / 2, height / 2), text, "black", font, "mm")
     return box
 
 
@@ -377,7 +346,7 @@ def stack(images: list[Image.Image], across: bool = False) -> Image.Image:
 
 
 def enlarge(image: Image.Image, side: int) -> Image.Image:
-    """Resize to a longer side in pixels; those of a small image become squares."""
+    """Resize to a longer side in pixels; the pixels of a small image become squares."""
     factor, modes = side / max(image.size), Image.Resampling
     size = [max(round(factor * length), LINE) for length in image.size]
     return image.resize(size, modes.NEAREST if factor > 1 else modes.LANCZOS)
@@ -476,23 +445,18 @@ def load_trained(path: str, args: Namespace) -> Trained:
     """Load a run (its folder or checkpoint) or a pretrained checkpoint; say which."""
     path = os.path.join(path, "checkpoint.pt") if os.path.isdir(path) else path
     checkpoint = read_checkpoint(path)
-    if "architecture" in checkpoint:
-        model = model_of_run(checkpoint, path, args.model_ema)
-        settings, classes = checkpoint["settings"], list(checkpoint["classes"])
+    model, loaded = load_model(checkpoint, path, args.model, args.model_ema)
+    if "settings" in checkpoint:
+        settings, classes = checkpoint["settings"], checkpoint["classes"]
         settings["crop"] = settings["crop"].replace("padded", "whole")
         source = data.DATASETS[settings["dataset"]]
         mean, std = source.mean, source.std
         epochs = f"{checkpoint['epoch']} of {settings['epochs']} epochs"
         say(f"{path}: {settings['model']} after {epochs}")
-    elif args.model is None:
-        names = ", ".join(MODELS)
-        raise ValueError(f"{path} does not name its model: add --model ({names})")
     else:
-        weights = find_weights(checkpoint, path, args.model_ema)
-        model, loaded = model_of_weights(weights, MODELS[args.model], path)
         settings, classes = PRETRAINED, None
         if args.classes:
-            count = len(weights.get("head.weight", ()))
+            count = getattr(model.head, "out_features", 0)
             classes = read_class_names(args.classes, count)
         mean = tuple(args.mean or data.IMAGENET_MEAN)
         std = tuple(args.std or data.IMAGENET_STD)
@@ -560,10 +524,9 @@ def match_classes(
     return classes
 
 
-# ------------------------------------------------------------------------ four parts
+# ---------------------------------------------------------------------- four reports
 #
-# Each is a generator: it opens its data, yields, and then measures, prints and adds to the
-# report. So a dataset that is not there is found before anything is measured.
+# Each opens its data, and then measures, prints and adds to the report.
 
 
 def progress(loader: DataLoader) -> Iterator:
@@ -577,20 +540,14 @@ def progress(loader: DataLoader) -> Iterator:
             say(f"{n} of {len(loader)} batches", stays)
 
 
-def measure(
-    function: Callable,
-    model: VisionTransformer,
-    dataset: Dataset,
-    trained: Trained,
-    args: Namespace,
-    *others: object,
-) -> dict:
-    """Call `evaluate` or `segment` on a dataset."""
+def predict_all(
+    model: VisionTransformer, dataset: Dataset, trained: Trained, args: Namespace
+) -> Iterator:
+    """Yield what `predict` does for a dataset, with the settings of the command line."""
     options = {"workers": args.workers, "pin_memory": args.device.type == "cuda"}
     loader = data.make_loader(dataset, args.batch_size, train=False, **options)
     normalize = data.normalizer(trained.mean, trained.std, args.device)
-    given = model, progress(loader), normalize, args.device, args.amp
-    return function(*given, *others)
+    return predict(model, progress(loader), normalize, args.device, args.amp)
 
 
 def test_images(args: Namespace, transform: Callable) -> data.Images:
@@ -621,15 +578,13 @@ def say_heads(result: dict, first: str, digits: int, **labels: str) -> None:
 ATTENTION = {"entropy": "spatial entropy, nats", "components": "connected components"}
 
 
-def report_accuracy(args: Namespace, trained: Trained, report: dict) -> Iterator[None]:
+def report_accuracy(args: Namespace, trained: Trained, report: dict) -> None:
     """Classify the test images of a dataset."""
     model, crop = trained.at(args.img_size), args.crop or trained.settings["crop"]
     dataset = test_images(args, data.test_transform(model.img_size[0], crop=crop))
     classes = match_classes(trained, dataset, args.dataset)
-    dataset[0]  # raises if it cannot be read, or is too small
-    yield
     say_input(f"{args.dataset}, test split, crop {crop}", model, args)
-    result = measure(evaluate, model, dataset, trained, args, classes)
+    result = evaluate(predict_all(model, dataset, trained, args), classes)
     line = "{images} images   top-1 {acc1:.2f} %   top-5 {acc5:.2f} %   loss {loss:.4f}"
     say(line.format(**result))
     say_heads(result, "mean", 3, **ATTENTION)
@@ -637,9 +592,7 @@ def report_accuracy(args: Namespace, trained: Trained, report: dict) -> Iterator
     report["accuracy"] = where | result
 
 
-def report_corruptions(
-    args: Namespace, trained: Trained, report: dict
-) -> Iterator[None]:
+def report_corruptions(args: Namespace, trained: Trained, report: dict) -> None:
     """Classify corrupted test images: the error by corruption and severity."""
     folder, model = args.corruptions, trained.at(args.img_size)
     found = data.load_corruptions(folder)
@@ -648,13 +601,11 @@ def report_corruptions(
     known = [len(found[name]) for name in ALEXNET_ERRORS if name in found]
     if args.mce and not (first.classes and known and min(known) == 5):
         raise ValueError("--mce needs corruptions of ImageNet-C, with five severities")
-    # ImageNet-C, which has names of classes, is resized already.
-    crop = args.crop or ("center" if first.classes else trained.settings["crop"])
-    first.transform = data.test_transform(model.img_size[0], crop=crop)
-    first[0]  # raises if it cannot be read, or is too small
+    # ImageNet-C, which has names of classes, is cropped already.
+    crop = args.crop or ("whole" if first.classes else trained.settings["crop"])
+    transform = data.test_transform(model.img_size[0], crop=crop)
     errors = {}
     where = {"folder": folder, "img_size": model.img_size, "crop": crop}
-    yield
     report["corruptions"] = where | {"errors": errors}
     say_input(f"{folder}, crop {crop}", model, args)
     levels = sorted({level for loads in found.values() for level in loads})
@@ -664,10 +615,8 @@ def report_corruptions(
         errors[name] = {}
         for level, load in loads.items():
             images = load()
-            images.transform = first.transform
-            if len(images) != len(first):
-                say(f"note: {name}, severity {level}, has {len(images)} images")
-            result = measure(evaluate, model, images, trained, args, classes)
+            images.transform = transform
+            result = evaluate(predict_all(model, images, trained, args), classes)
             errors[name][level] = 100 - result["acc1"]
         row = [errors[name].get(level, math.nan) for level in levels]
         say_row(name, [*row, statistics.mean(errors[name].values())])
@@ -681,21 +630,17 @@ def report_corruptions(
     report["corruptions"] |= means
 
 
-def report_segmentation(
-    args: Namespace, trained: Trained, report: dict
-) -> Iterator[None]:
+def report_segmentation(args: Namespace, trained: Trained, report: dict) -> None:
     """Compare the attention with the masks of objects."""
     name, protocol = args.segmentation, PROTOCOLS[args.protocol]
     size = protocol.size if name in PHOTOGRAPHS else None
     model = trained.at(args.img_size or size)
     masks = data.load_masks(name, args.data_dir, model.img_size, args.masks)
-    masks[0]  # raises if it cannot be read
-    yield
     say_input(f"{name}, {'val' if name == 'voc2012' else 'test'} split", model, args)
     share = f"{protocol.mass:.0%} of the attention"
     void = "count as background" if protocol.void_counts else "are excluded"
     say(f"protocol {args.protocol}: {share}, void pixels {void}")
-    result = measure(segment, model, masks, trained, args, protocol, masks.objects)
+    result = segment(predict_all(model, masks, trained, args), protocol)
     say("{images} images, {images_with_objects} with objects".format(**result))
     say("Jaccard index, percent")
     say_heads(result, "best", 2, jaccard_mass=share, jaccard_mean="S > mean")
@@ -724,7 +669,7 @@ def attention_maps(
     return similarity[0].float().cpu()
 
 
-def report_picture(args: Namespace, trained: Trained, report: dict) -> Iterator[None]:
+def report_picture(args: Namespace, trained: Trained, report: dict) -> None:
     """Draw the attention on the images of a folder, or of the dataset."""
     models = [trained]
     if args.compare:
@@ -747,7 +692,6 @@ def report_picture(args: Namespace, trained: Trained, report: dict) -> Iterator[
         images = [dataset[index][0].convert("RGB") for index in chosen]
         labels = [dataset.classes[dataset.targets[index]] for index in chosen]
         captions = [f"{label}, image {index}" for label, index in zip(labels, chosen)]
-    yield
     maps = {
         title: [attention_maps(image, each, args) for image in images]
         for title, each in zip(titles, models)
@@ -773,7 +717,7 @@ def make_parser() -> argparse.ArgumentParser:
     add = parser.add_argument_group("what and how (defaults in brackets)").add_argument
     add("--checkpoint", type=path, help="a run or pretrained checkpoint [newest run]")
     add("--model-ema", action="store_true", help="evaluate the EMA weights [off]")
-    add("--device", help="cuda, mps or cpu [the first available]")
+    add("--device", help="cuda, cuda:N, mps or cpu [the first available]")
     amp = "bfloat16 [as in training, on a device of the same kind]"
     add("--amp", action=argparse.BooleanOptionalAction, help=amp)
     add("--batch-size", type=int, help="images at a time [as in training, or 64]")
@@ -784,10 +728,12 @@ def make_parser() -> argparse.ArgumentParser:
     add = parser.add_argument_group("accuracy").add_argument
     names = f"{', '.join(data.DATASETS)} [as in training]"
     add("--dataset", choices=data.DATASETS, metavar="NAME", help=names)
-    add("--data-dir", type=path, help="of the datasets [as in training, or data]")
-    crop = "resize and take the center, or do one of the two [as in training]"
-    add("--crop", choices=("resized", "center", "whole"), help=crop)
-    corruptions = "folder of ImageNet-C (by default with --crop center) or CIFAR-C"
+    add(
+        "--data-dir", type=path, help="folder of the datasets [as in training, or data]"
+    )
+    crop = "resized: resize, then crop the center; whole: only resize [as in training]"
+    add("--crop", choices=("resized", "whole"), help=crop)
+    corruptions = "folder of ImageNet-C (by default with --crop whole) or CIFAR-C"
     add("--corruptions", type=path, help=corruptions)
     mce = "also the mean corruption error, relative to AlexNet's [off]"
     add("--mce", action="store_true", help=mce)
@@ -799,8 +745,8 @@ def make_parser() -> argparse.ArgumentParser:
     add("--masks", type=path, metavar="DIR", help=masks)
     protocol = "variant of the Jaccard index [%(default)s]"
     add("--protocol", choices=PROTOCOLS, default="dino", help=protocol)
-    add("--attention", type=path, metavar="FILE.png", help="write a picture of it")
-    add("--images", type=path, help="folder of images for it [those of the dataset]")
+    add("--attention", type=path, metavar="FILE.png", help="draw it")
+    add("--images", type=path, help="image or folder of images to draw [the dataset's]")
     add("--compare", type=path, help="a second checkpoint, drawn beside the first")
     add("--rows", type=int, default=4, help="images in the picture [%(default)s]")
 
@@ -845,12 +791,6 @@ def run(args: Namespace) -> None:
     args.device = choose_device(args.device)
     path = newest_checkpoint() if args.checkpoint is None else args.checkpoint
     trained = load_trained(path, args)
-    pretrained = args.model or args.mean or args.std or args.classes
-    if pretrained and trained.settings is not PRETRAINED and not args.compare:
-        raise ValueError(
-            f"{trained.path} is a run: --model, --mean, --std and --classes are for "
-            "pretrained checkpoints"
-        )
     other = args.segmentation or args.corruptions or args.images
     only_draw = args.attention and isinstance(trained.model.head, torch.nn.Identity)
     parts = {
@@ -876,12 +816,10 @@ def run(args: Namespace) -> None:
         "torch": torch.__version__,
         "torchvision": torchvision.__version__,
     }
-    opened = [part(args, trained, report) for part, asked in parts.items() if asked]
-    for part in opened:
-        next(part)  # opens the data
-    for part in opened:
+    for part, asked in parts.items():
         try:
-            next(part, None)  # measures
+            if asked:
+                part(args, trained, report)
         finally:
             if args.json:
                 # JSON has no NaN or infinity: write null.

@@ -23,9 +23,9 @@ import argparse
 import math
 import os
 import re
+from collections import OrderedDict
 from collections.abc import Mapping
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -39,18 +39,6 @@ MODELS = {
     "vit_small": {"embed_dim": 384, "depth": 12, "num_heads": 6},
     "vit_base": {"embed_dim": 768, "depth": 12, "num_heads": 12},
 }
-
-
-class MLP(nn.Module):
-    """Two linear layers with a GELU between them: (..., D) -> (..., D)."""
-
-    def __init__(self, dim: int, hidden_dim: int) -> None:
-        super().__init__()
-        self.fc1 = nn.Linear(dim, hidden_dim)
-        self.fc2 = nn.Linear(hidden_dim, dim)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.fc2(F.gelu(self.fc1(x)))
 
 
 class Attention(nn.Module):
@@ -84,7 +72,10 @@ class Block(nn.Module):
         self.norm1 = nn.LayerNorm(dim, eps=1e-6)
         self.attn = Attention(dim, num_heads)
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
-        self.mlp = MLP(dim, int(dim * mlp_ratio))
+        hidden_dim = int(dim * mlp_ratio)
+        layers = {"fc1": nn.Linear(dim, hidden_dim), "act": nn.GELU()}
+        layers["fc2"] = nn.Linear(hidden_dim, dim)
+        self.mlp = nn.Sequential(OrderedDict(layers))
         self.drop_path = drop_path
 
     def drop(self, x: torch.Tensor) -> torch.Tensor:
@@ -113,7 +104,7 @@ class LastBlock(Block):
             self.norm2 = nn.Identity()
 
     def attend(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the attention (B, 1 or N, D) and the scores (B, h, 1, N)."""
+        """Return the output (B, 1 or N, D) and the scores (B, h, 1, N) of the attention."""
         attn, parts = self.attn, (x.shape[-1], 2 * x.shape[-1])
         if self.pool == "cls":
             q_weight, kv_weight = attn.qkv.weight.split(parts)
@@ -125,7 +116,7 @@ class LastBlock(Block):
             attended = F.scaled_dot_product_attention(q, k, v)
             # The mean of <q_i, k> over i is <mean of q_i, k>: no N x N matrix is made.
             q = q.mean(-2, keepdim=True)  # (B, h, 1, d)
-        # In bfloat16, with 8 bits, many scores would fall on the wrong side of their mean.
+        # bfloat16 has 8 bits: many scores would fall on the wrong side of their mean.
         dtype = torch.promote_types(q.dtype, torch.float32)
         with torch.autocast(q.device.type, enabled=False):
             scores = (q.to(dtype) * q.shape[-1] ** -0.5) @ k.to(dtype).transpose(-2, -1)
@@ -138,17 +129,6 @@ class LastBlock(Block):
         if self.last_skip:
             attended = x[:, : attended.shape[1]] + self.drop(attended)
         return attended + self.drop(self.mlp(self.norm2(attended))), scores
-
-
-class PatchEmbed(nn.Module):
-    """Embed the patches: (B, C, H * patch_size, W * patch_size) -> (B, H * W, D)."""
-
-    def __init__(self, in_chans: int, dim: int, patch_size: int) -> None:
-        super().__init__()
-        self.proj = nn.Conv2d(in_chans, dim, kernel_size=patch_size, stride=patch_size)
-
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        return self.proj(images).flatten(2).transpose(1, 2)
 
 
 class VisionTransformer(nn.Module):
@@ -166,8 +146,8 @@ class VisionTransformer(nn.Module):
             mean of the patch tokens; its map is the mean of the patch queries' maps.
         init_std, pos_std: standard deviations of the initial weights of linear layers
             and of the position embedding. DeiT's 0.02 suits widths of several hundred;
-            width 96 learns several times faster from 0.08. Embedded patches have about
-            0.5, so from a pos_std of 0.02 positions are hard to tell apart at first.
+            width 96 learns several times faster from 0.08. Patch embeddings start with
+            about 0.5, so with a pos_std of 0.02 positions are hard to tell apart at first.
 
     Raises:
         ValueError: patch_size does not divide img_size, or pool is unknown.
@@ -197,7 +177,8 @@ class VisionTransformer(nn.Module):
         self.patch_size = patch_size
         self.prefix_tokens = 1 if pool == "cls" else 0
 
-        self.patch_embed = PatchEmbed(in_chans, embed_dim, patch_size)
+        projection = nn.Conv2d(in_chans, embed_dim, patch_size, stride=patch_size)
+        self.patch_embed = nn.Sequential(OrderedDict(proj=projection))
         self.cls_token = None
         if pool == "cls":
             self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
@@ -226,9 +207,9 @@ class VisionTransformer(nn.Module):
         """Change the input size by resizing the position embedding."""
         old = self.grid
         self.img_size, self.grid = sizes(img_size, self.patch_size)
-        prefix = self.prefix_tokens
-        resized = resize_pos_embed(self.pos_embed, prefix, old, self.grid)
-        self.pos_embed = nn.Parameter(resized)
+        first, patches = self.pos_embed.tensor_split((self.prefix_tokens,), dim=1)
+        patches = resize_pos_embed(patches, old, self.grid)
+        self.pos_embed = nn.Parameter(torch.cat((first, patches), dim=1))
 
     def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(B, C, height, width) -> logits (B, classes), similarity (B, h, H, W).
@@ -236,7 +217,8 @@ class VisionTransformer(nn.Module):
         The similarity holds the scores of the last block before softmax, in float32 at
         least.
         """
-        x = self.patch_embed(images)  # (B, H * W, D)
+        x = self.patch_embed(images)  # (B, D, H, W)
+        x = x.flatten(2).transpose(1, 2)  # (B, H * W, D)
         if self.cls_token is not None:
             cls = self.cls_token.expand(len(x), -1, -1)  # (B, 1, D)
             x = torch.cat((cls, x), dim=1)  # (B, N, D)
@@ -260,86 +242,60 @@ def sizes(img_size: int | tuple[int, int], patch_size: int) -> tuple:
 
 
 def resize_pos_embed(
-    pos_embed: torch.Tensor, prefix: int, old: tuple[int, int], new: tuple[int, int]
+    patches: torch.Tensor, old: tuple[int, int], new: tuple[int, int]
 ) -> torch.Tensor:
-    """Resize bicubically, as DeiT does: (1, prefix + old, D) -> (1, prefix + new, D)."""
-    first, patches = pos_embed.tensor_split((prefix,), dim=1)
-    patches = patches.unflatten(1, old).permute(0, 3, 1, 2)  # (1, D, H, W)
-    patches = F.interpolate(patches.float(), size=new, mode="bicubic")
-    patches = patches.flatten(2).transpose(1, 2).to(first.dtype)  # (1, H * W, D)
-    return torch.cat((first, patches), dim=1)
+    """Resize (1, H * W, D) bicubically from one grid (H, W) to another, as DeiT does."""
+    grid = patches.unflatten(1, old).permute(0, 3, 1, 2)  # (1, D, H, W)
+    grid = F.interpolate(grid.float(), size=new, mode="bicubic")
+    return grid.flatten(2).transpose(1, 2).to(patches.dtype)
 
 
 # ------------------------------------------------------------------------- checkpoints
 
-# Types allowed beside tensors and plain values: NumPy scalars, under the names that NumPy
-# 1 and 2 write, and argparse.Namespace (DeiT, DINO).
-_scalar = np.float64(0).__reduce__()[0]
-_codes = "?" + np.typecodes["AllInteger"] + np.typecodes["AllFloat"]
-SAFE = [argparse.Namespace, np.dtype, *{type(np.dtype(code)) for code in _codes}]
-SAFE += [(_scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]
+# Where checkpoints keep the weights of a model, and its EMA weights.
+WRAPPERS = ("model", "state_dict", "teacher", "module")
+EMA = ("model_ema", "state_dict_ema", "ema")
 
 
-def read_checkpoint(path: str | os.PathLike) -> Mapping:
+def read_checkpoint(path: str | os.PathLike) -> dict:
     """Read a file written by torch.save onto the CPU, without executing code from it.
 
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is damaged, no checkpoint, or holds objects of other types.
+    Besides tensors and plain values it may hold argparse.Namespace, as DeiT's and DINO's
+    do. Raise FileNotFoundError, or ValueError if it is damaged or holds anything else.
     """
     if not os.path.isfile(path):
         raise FileNotFoundError(f"no checkpoint at {path}")
     try:
-        with torch.serialization.safe_globals(SAFE):
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            return dict(torch.load(path, map_location="cpu", weights_only=True))
     except Exception as error:  # garbage makes the unpickler raise anything
-        refused = re.search(r"GLOBAL (\S+)", str(error))
-        if refused:
-            raise ValueError(
-                f"{path} contains {refused[1]}, which is not loaded as it could run code"
-            ) from error
-        raise ValueError(f"{path} is damaged or not a checkpoint") from error
-    if not hasattr(checkpoint, "items"):
-        raise ValueError(
-            f"{path} holds a {type(checkpoint).__name__}, not a checkpoint"
-        )
-    return checkpoint
+        reason = "is damaged or not a checkpoint"
+        if refused := re.search(r"GLOBAL (\S+)", str(error)):
+            reason = f"contains {refused[1]}, which is not loaded as it could run code"
+        raise ValueError(f"{path} {reason}") from error
 
 
-def find_weights(
-    checkpoint: Mapping, source: str, ema: bool = False
-) -> dict[str, torch.Tensor]:
-    """Find the weights of a Vision Transformer in nested mappings, behind any prefix.
+def find_weights(checkpoint: Mapping, source: str, ema: bool = False) -> dict:
+    """Find the weights of a Vision Transformer in a checkpoint; with `ema`, EMA weights.
 
-    Of several, prefer EMA weights if and only if `ema` is set, then others to a student's
-    (DINO). Return them by their names in `VisionTransformer`, or raise ValueError.
+    Return tensors by their names in `VisionTransformer`, or raise ValueError.
     """
-    found = {}  # where, such as "teacher.backbone." -> (mapping, prefix)
-
-    def search(mapping: Mapping, path: str) -> None:
-        for name, value in mapping.items():
-            if isinstance(value, Mapping):
-                search(value, f"{path}{name}.")
-            elif str(name).endswith("patch_embed.proj.weight"):
-                prefix = name.removesuffix("patch_embed.proj.weight")
-                pos_embed = mapping.get(f"{prefix}pos_embed")
-                if isinstance(pos_embed, torch.Tensor) and pos_embed.dim() == 3:
-                    found[path + prefix] = (mapping, prefix)
-
-    def rank(where: str) -> tuple[bool, bool]:
-        is_ema = bool(re.search(r"(^|[._])ema([._]|$)", where))
-        return is_ema != ema, "student" in where
-
-    search(checkpoint, "")
-    if not found:
+    weights = checkpoint
+    if ema:
+        found = [n for n in EMA if isinstance(checkpoint.get(n), Mapping)]
+        if not found:
+            raise ValueError(f"{source} has no EMA weights")
+        weights = checkpoint[found[0]]
+    while inner := [n for n in WRAPPERS if isinstance(weights.get(n), Mapping)]:
+        weights = weights[inner[0]]
+    first = "patch_embed.proj.weight"
+    found = [str(name) for name in weights if str(name).endswith(first)]
+    prefix = found[0].removesuffix(first) if found else ""  # such as "module.backbone."
+    if f"{prefix}pos_embed" not in weights:
         raise ValueError(f"{source} holds no Vision Transformer")
-    best = min(found, key=rank)
-    if ema and rank(best)[0]:
-        raise ValueError(f"{source} has no EMA weights")
-    mapping, prefix = found[best]
     return {
         name.removeprefix(prefix): value
-        for name, value in mapping.items()
+        for name, value in weights.items()
         if str(name).startswith(prefix) and isinstance(value, torch.Tensor)
     }
 
@@ -351,9 +307,9 @@ def load_weights(
 ) -> str:
     """Load weights of this project, timm, DeiT or DINO into a model, in place.
 
-    `weights` is a file, what `read_checkpoint` returned, or a state dict; `source` is
-    what messages call the latter two. The position embedding is resized to the model's
-    grid, from a square. A head with a different number of classes is skipped.
+    `weights` is a file, what `read_checkpoint` returned, or a state dict; `source` names
+    the latter two in messages. The position embedding is resized to the model's grid from
+    a square one. A head with a different number of classes is skipped.
 
     Return a sentence: what was loaded, resized, left at initial values, not used. Raise
     ValueError if the weights cannot be read or do not fit; the model may then be partly
@@ -361,30 +317,22 @@ def load_weights(
     """
     if not isinstance(weights, Mapping):
         source, weights = str(weights), read_checkpoint(weights)
-    given = find_weights(weights, source)
-    own = model.state_dict()
+    given, own = find_weights(weights, source), model.state_dict()
     report = []
-    if "cls_token" in own and "cls_token" not in given:
-        raise ValueError(f"{source} does not fit the model: it has no cls_token")
     tokens = ("cls_token" in given) + ("dist_token" in given)
     first, patches = given["pos_embed"].tensor_split((tokens,), dim=1)
-    first = first[:, : model.prefix_tokens]
-    given["pos_embed"] = torch.cat((first, patches), dim=1)
     side = math.isqrt(patches.shape[1])
     if side * side == patches.shape[1] != math.prod(model.grid):
-        given["pos_embed"] = resize_pos_embed(
-            given["pos_embed"], model.prefix_tokens, (side, side), model.grid
-        )
+        patches = resize_pos_embed(patches, (side, side), model.grid)
         change = "{0}x{0} -> {1}x{2}".format(side, *model.grid)
         report.append(f"position embedding resized {change}")
-    for name, tensor in own.items():
-        if name in given and given[name].shape != tensor.shape:
-            if not name.startswith("head."):
-                shapes = f"{tuple(given[name].shape)}, not {tuple(tensor.shape)}"
-                raise ValueError(
-                    f"{source} does not fit the model: its {name} is {shapes}"
-                )
-            del given[name]
+    given["pos_embed"] = torch.cat((first[:, : model.prefix_tokens], patches), dim=1)
+    misfits = [n for n in own if n in given and given[n].shape != own[n].shape]
+    for name in misfits:
+        if not name.startswith("head."):
+            shapes = f"{tuple(given[name].shape)}, not {tuple(own[name].shape)}"
+            raise ValueError(f"{source} does not fit the model: its {name} is {shapes}")
+        del given[name]
     missing, unused = model.load_state_dict(given, strict=False)
     for name in missing:
         if not name.startswith("head."):
@@ -402,47 +350,31 @@ def load_weights(
     return "; ".join([loaded, *report])
 
 
-def model_of_run(
-    checkpoint: Mapping, source: str, ema: bool = False
-) -> VisionTransformer:
-    """Build the model of a checkpoint of train.py, and load its weights.
-
-    With `ema` it gets the EMA weights. Raise ValueError if train.py did not write the
-    checkpoint, if it has no such weights, or if they do not fit.
-    """
-    if not {"architecture", "model", "settings"} <= checkpoint.keys():
-        raise ValueError(f"{source} was not written by train.py")
-    weights = "model_ema" if ema else "model"
-    if weights not in checkpoint:
-        raise ValueError(f"{source} has no EMA weights")
-    try:
-        model = VisionTransformer(**checkpoint["architecture"])
-        model.load_state_dict(checkpoint[weights])
-    except (RuntimeError, TypeError) as error:
-        raise ValueError(f"the weights in {source} do not fit its model") from error
-    return model
-
-
-def model_of_weights(
-    weights: Mapping, options: Mapping, source: str
+def load_model(
+    checkpoint: Mapping, source: str, preset: str | None = None, ema: bool = False
 ) -> tuple[VisionTransformer, str]:
-    """Build the model for weights of timm, DeiT or DINO, and load them.
+    """Build the model of a checkpoint, and load its weights, or with `ema` EMA weights.
 
-    The `weights`, from `find_weights`, tell patch size, grid, classes and variant;
-    `options` are embed_dim, depth and num_heads. Return `load_weights`' sentence too.
+    Checkpoints of train.py hold the architecture. Others need a `preset` of MODELS; the
+    weights tell patch size, grid, classes and variant. Return `load_weights`' sentence
+    too. Raise ValueError if the weights are not there or do not fit.
     """
-    patch_size = weights["patch_embed.proj.weight"].shape[-1]
-    tokens = ("cls_token" in weights) + ("dist_token" in weights)
-    patches = weights["pos_embed"].shape[1] - tokens
-    side = math.isqrt(patches)
-    if side * side != patches:
-        raise ValueError(f"{source}: {patches} patch positions form no square grid")
-    model = VisionTransformer(
-        **options,
-        img_size=side * patch_size,
-        patch_size=patch_size,
-        num_classes=len(weights.get("head.weight", ())),
-        last_skip=f"blocks.{options['depth'] - 1}.norm2.weight" in weights,
-        pool="cls" if "cls_token" in weights else "mean",
-    )
+    weights = find_weights(checkpoint, source, ema)
+    architecture = checkpoint.get("architecture")
+    if architecture is None and preset is None:
+        names = ", ".join(MODELS)
+        raise ValueError(f"{source} does not name its model: add --model ({names})")
+    if architecture is None:
+        patch_size = weights["patch_embed.proj.weight"].shape[-1]
+        tokens = ("cls_token" in weights) + ("dist_token" in weights)
+        side = math.isqrt(weights["pos_embed"].shape[1] - tokens)  # of a square grid
+        last_norm = f"blocks.{MODELS[preset]['depth'] - 1}.norm2.weight"
+        architecture = MODELS[preset] | {
+            "img_size": side * patch_size,
+            "patch_size": patch_size,
+            "num_classes": len(weights.get("head.weight", ())),
+            "last_skip": last_norm in weights,
+            "pool": "cls" if "cls_token" in weights else "mean",
+        }
+    model = VisionTransformer(**architecture)
     return model, load_weights(model, weights, source)

@@ -3,7 +3,7 @@
 
     python train.py                                     # shapes: on a CPU, in minutes
     python train.py --dataset cifar100 --sar-lambda 0.01 --device cuda    # the paper's
-    python train.py --dataset cifar100 --sar-lambda 0 --device cuda   # its plain ViT
+    python train.py --dataset cifar100 --sar-lambda 0 --device cuda    # its baseline
     torchrun --nproc_per_node=8 train.py --dataset imagenet --data-dir DIR   # 8 GPUs
     python train.py --resume runs/NAME                  # continue a run
     python train.py --dataset cifar100 --help           # the defaults for a dataset
@@ -50,17 +50,17 @@ from data import (
     train_transform,
 )
 from entropy import spatial_entropy
-from eval import choose_device, evaluate, hardware, say
+from eval import choose_device, evaluate, hardware, predict, say
 from model import (
     MODELS,
     VisionTransformer,
+    load_model,
     load_weights,
-    model_of_run,
     read_checkpoint,
 )
 
-# Defaults: the authors' recipe for small datasets (DeiT's, for 100 epochs), and that of
-# shapes, a demonstration: two CPU cores, two minutes, a lambda that shows what SAR does.
+# Defaults: the authors' recipe for small datasets (DeiT's, for 100 epochs), and a recipe
+# for shapes, a demonstration: minutes on a CPU, and a lambda that shows what SAR does.
 DEFAULTS = {
     "model": ("vit_small", "vit_mini"),
     "img_size": (224, 56),
@@ -109,106 +109,103 @@ def make_parser() -> argparse.ArgumentParser:
     )
     switch, path = argparse.BooleanOptionalAction, os.path.expanduser
 
-    add = parser.add_argument_group("data (defaults in brackets)").add_argument
-    names = f"{', '.join(DATASETS)} [%(default)s]"
-    add("--dataset", choices=DATASETS, default="shapes", metavar="NAME", help=names)
-    add(
-        "--data-dir",
-        type=path,
-        default="data",
-        help="folder of the datasets [%(default)s]",
-    )
-    add("--train-size", type=int, help="number of images, balanced over classes [all]")
-    add("--img-size", type=int, help="side of the images in pixels [%(default)s]")
-    crop = "a random area; the whole image, shifted by up to an eighth; or unshifted "
-    crop += "[whole for shapes, else padded up to 32 pixels, else resized]"
-    add("--crop", choices=("resized", "padded", "whole"), help=crop)
+    def add(option: str, text: str, **options) -> None:
+        """Add an option to the group; its help ends with the default or a "[...]"."""
+        text += "" if "[" in text else " [%(default)s]"
+        group.add_argument(option, help=text, **options)
+
+    group = parser.add_argument_group("data (defaults in brackets)")
+    names = ", ".join(DATASETS)
+    add("--dataset", names, choices=DATASETS, default="shapes", metavar="NAME")
+    add("--data-dir", "folder of the datasets", type=path, default="data")
+    add("--train-size", "number of images, balanced over classes [all]", type=int)
+    add("--img-size", "side of the images in pixels", type=int)
+    crop = "resized: a random area; padded: shifted by up to an eighth of the side; whole: "
+    crop += "unshifted [whole for shapes; padded if --img-size <= 32; else resized]"
+    add("--crop", crop, choices=("resized", "padded", "whole"))
     aa = ("none", *(f"rand-m{magnitude}" for magnitude in range(1, 11)))
-    add("--aa", choices=aa, metavar="rand-mM", help="RandAugment or none [%(default)s]")
-    add("--reprob", type=float, help="probability of random erasing [%(default)s]")
-    add("--mixup", type=float, help="alpha of mixup, 0 is off [%(default)s]")
-    add("--cutmix", type=float, help="alpha of cutmix, 0 is off [%(default)s]")
+    add("--aa", "RandAugment or none", choices=aa, metavar="rand-mM")
+    add("--reprob", "probability of random erasing", type=float)
+    add("--mixup", "alpha of mixup, 0 is off", type=float)
+    add("--cutmix", "alpha of cutmix, 0 is off", type=float)
     workers = "loader processes [0 on a CPU, else one per core, at most 16]"
-    add("--workers", type=int, help=workers)
+    add("--workers", workers, type=int)
 
-    add = parser.add_argument_group("model").add_argument
-    add("--model", choices=MODELS, help="[%(default)s]")
-    add("--patch-size", type=int, help="side of the patches in pixels [%(default)s]")
-    pool = "classify the CLS token, or, without one, the mean patch [%(default)s]"
-    add("--pool", choices=("cls", "mean"), default="cls", help=pool)
-    pos_std = "standard deviation of the initial position embedding [%(default)s]"
-    add("--pos-std", type=float, default=0.02, help=pos_std)
-    add("--drop-path", type=float, help="probability of skipping a block [%(default)s]")
-    finetune = "start from weights of timm, DeiT, DINO or a run; the default of "
-    finetune += "--warmup-epochs is then 3 at most"
-    add("--finetune", type=path, metavar="FILE", help=finetune)
+    group = parser.add_argument_group("model")
+    add("--model", "preset", choices=MODELS)
+    add("--patch-size", "side of the patches in pixels", type=int)
+    pool = "cls: classify the CLS token; mean: the mean of the patches"
+    add("--pool", pool, choices=("cls", "mean"), default="cls")
+    pos_std = "standard deviation of the initial position embedding"
+    add("--pos-std", pos_std, type=float, default=0.02)
+    add("--drop-path", "probability of skipping a block", type=float)
+    finetune = "start from weights of timm, DeiT, DINO or a run, with at most 3 "
+    finetune += "--warmup-epochs by default [none]"
+    add("--finetune", finetune, type=path, metavar="FILE")
 
-    add = parser.add_argument_group("SAR").add_argument
-    sar_lambda = "weight of the spatial entropy, 0 is the plain ViT [%(default)s]"
-    add("--sar-lambda", type=float, help=sar_lambda)
+    group = parser.add_argument_group("SAR")
+    sar_lambda = "weight of the spatial entropy, 0 is the plain ViT"
+    add("--sar-lambda", sar_lambda, type=float)
     shape = "lambda rises for 10 epochs (at most half of the run), then falls to 0; or "
-    shape += "it is constant [%(default)s]"
-    add("--sar-schedule", choices=("cosine", "constant"), default="cosine", help=shape)
+    shape += "it is constant"
+    add("--sar-schedule", shape, choices=("cosine", "constant"), default="cosine")
     last_skip = "keep the skip connection around the last attention and the LayerNorm "
     last_skip += "after it [only if lambda is 0, as in the paper]"
-    add("--last-skip", action=switch, help=last_skip)
+    add("--last-skip", last_skip, action=switch)
 
-    add = parser.add_argument_group("optimization").add_argument
-    add("--epochs", type=int, help="passes over the training images [%(default)s]")
-    add("--batch-size", type=int, help="images per step and process [%(default)s]")
-    add("--lr", type=float, help="peak learning rate, per 512 images [%(default)s]")
-    add("--min-lr", type=float, default=1e-5, help="the last one [%(default)s]")
-    add("--warmup-lr", type=float, default=1e-6, help="the first one [%(default)s]")
-    warmup = "epochs of linear warm-up, at most half of the run [%(default)s]"
-    add("--warmup-epochs", type=float, help=warmup)
-    decay = "weight decay, of weight matrices only [%(default)s]"
-    add("--weight-decay", type=float, default=0.05, help=decay)
-    clip_grad = "maximum norm of the gradient, 0 is off [%(default)s]"
-    add("--clip-grad", type=float, default=0.0, help=clip_grad)
-    add("--smoothing", type=float, help="label smoothing [%(default)s]")
-    add(
-        "--model-ema",
-        action=switch,
-        help="also evaluate averaged weights [%(default)s]",
-    )
-    ema_decay = "of that moving average, per step [%(default)s]"
-    add("--model-ema-decay", type=float, default=0.99996, help=ema_decay)
+    group = parser.add_argument_group("optimization")
+    add("--epochs", "passes over the training images", type=int)
+    add("--batch-size", "images per step and process", type=int)
+    add("--lr", "peak learning rate, per 512 images", type=float)
+    add("--min-lr", "final learning rate, unscaled", type=float, default=1e-5)
+    add("--warmup-lr", "initial learning rate, unscaled", type=float, default=1e-6)
+    warmup = "epochs of linear warm-up, at most half of the run"
+    add("--warmup-epochs", warmup, type=float)
+    add("--weight-decay", "of weight matrices only", type=float, default=0.05)
+    add("--clip-grad", "maximum gradient norm, 0 is off", type=float, default=0.0)
+    add("--smoothing", "label smoothing", type=float)
+    add("--model-ema", "also evaluate EMA weights", action=switch)
+    add("--model-ema-decay", "EMA decay per step", type=float, default=0.99996)
 
-    add = parser.add_argument_group("run").add_argument
-    add(
-        "-h", "--help", action="store_true", help="show this, with --dataset's defaults"
-    )
-    output_dir = "[runs/ and the dataset, model, lambda and seed]"
-    add("--output-dir", type=path, help=output_dir)
+    group = parser.add_argument_group("run")
+    help_text = "show this, with the defaults for --dataset"
+    group.add_argument("-h", "--help", action="store_true", help=help_text)
+    add("--output-dir", "[runs/DATASET-MODEL-lambdaL-seedS]", type=path)
     resume = "continue a run with its settings; only --device, --workers, --data-dir "
-    resume += "and --compile may be given with it"
-    add("--resume", type=path, metavar="RUN_DIR", help=resume)
-    seed = "on a CPU, the same seed gives the same weights [%(default)s]"
-    add("--seed", type=int, default=0, help=seed)
-    add("--device", help="cuda, mps or cpu [the first available]")
-    add("--amp", action=switch, help="bfloat16 [on CUDA GPUs that support it]")
-    interval = "epochs between tests; the last is tested too [%(default)s]"
-    add("--val-interval", type=int, default=1, help=interval)
-    compile_help = "torch.compile model and loss [%(default)s]"
-    add("--compile", action=switch, default=False, help=compile_help)
+    resume += "and --compile may be given anew [none]"
+    add("--resume", resume, type=path, metavar="RUN_DIR")
+    add("--seed", "on a CPU, the same seed gives the same weights", type=int, default=0)
+    add("--device", "cuda, cuda:N, mps or cpu [the first available]")
+    add("--amp", "bfloat16 [on CUDA GPUs that support it]", action=switch)
+    interval = "test every N epochs, and after the last"
+    add("--val-interval", interval, type=int, default=1, metavar="N")
+    add("--compile", "torch.compile model and loss", action=switch, default=False)
     parser.set_defaults(**RECIPES["shapes"])
     return parser
 
 
 def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """Parse once for the dataset or run that decides the defaults, and once more."""
+    """Parse twice: for the dataset or run that decides the defaults, then with these."""
     parser = make_parser()
     args = parser.parse_args(arguments)
-    defaults = dict(RECIPES[args.dataset])
     if args.resume is not None:
-        defaults = settings_of_run(parser, args.resume, arguments)
-    elif args.finetune:
-        defaults["warmup_epochs"] = min(defaults["warmup_epochs"], 3.0)
+        defaults = settings_of_run(parser, args.resume)
+    else:
+        defaults = dict(RECIPES[args.dataset])
+        if args.finetune:
+            defaults["warmup_epochs"] = min(defaults["warmup_epochs"], 3.0)
     parser.set_defaults(**defaults)
     args = parser.parse_args(arguments)
     if args.help:
         parser.print_help()
         parser.exit()
+    if args.resume is not None:
+        for name in defaults.keys() - MAY_CHANGE:
+            if getattr(args, name) != defaults[name]:
+                option = f"--{name.replace('_', '-')}"
+                parser.error(
+                    f"--resume continues a run with its settings: {option} cannot change"
+                )
     for low, high, names in LIMITS:
         for name in names.split():
             value = getattr(args, name)
@@ -228,27 +225,14 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def settings_of_run(
-    parser: argparse.ArgumentParser, folder: str, arguments: Sequence[str] | None
-) -> dict:
+def settings_of_run(parser: argparse.ArgumentParser, folder: str) -> dict:
     """Read the settings of a run from the first line of its log."""
-    parser.set_defaults(**dict.fromkeys(vars(parser.parse_args([]))))
-    args = vars(parser.parse_args(arguments))  # None where nothing is given
-    given = {name for name in args if args[name] is not None}
-    if others := given - MAY_CHANGE - NO_SETTINGS:
-        option = f"--{min(others).replace('_', '-')}"
-        allowed = ", ".join(sorted(MAY_CHANGE)).replace("_", "-")
-        parser.error(
-            f"--resume continues a run with its settings, without {option}; only these "
-            f"may change: {allowed}"
-        )
     try:
         with open(os.path.join(folder, "log.jsonl")) as file:
             settings = json.loads(file.readline())
-        if missing := {"world_size", *args} - NO_SETTINGS - set(settings):
-            raise ValueError(f"its log has no {min(missing)}")
-        return {**settings, "output_dir": folder}
-    except (OSError, ValueError, TypeError) as error:
+        settings["world_size"]  # which every run has
+        return settings | {"output_dir": folder}
+    except (OSError, ValueError, TypeError, KeyError) as error:
         parser.error(f"{folder!r} holds no run to resume ({error})")
 
 
@@ -271,7 +255,7 @@ def schedule(
 
 
 def rates(step: int, total: int, args: argparse.Namespace) -> tuple[float, float]:
-    """Learning rate and lambda of a step, 0 to total - 1.
+    """Return learning rate and lambda of a step, 0 to total - 1.
 
     The authors' schedules, but they move with every step instead of every epoch, and no
     learning rate exceeds the peak.
@@ -428,16 +412,12 @@ def write(file: Path, content: bytes) -> None:
 
 
 def save(folder: Path, checkpoint: dict) -> None:
-    """Write checkpoint.pt, then log.jsonl. If the disk is full, the last ones remain."""
+    """Write log.jsonl, then checkpoint.pt, which restores the log if it is resumed."""
+    lines = "".join(json.dumps(line) + "\n" for line in checkpoint["log"])
+    write(folder / "log.jsonl", lines.encode())
     buffer = io.BytesIO()
     torch.save(checkpoint, buffer)
     write(folder / "checkpoint.pt", buffer.getbuffer())
-    write_log(folder, checkpoint)
-
-
-def write_log(folder: Path, checkpoint: dict) -> None:
-    lines = "".join(json.dumps(line) + "\n" for line in checkpoint["log"])
-    write(folder / "log.jsonl", lines.encode())
 
 
 def set_up(args: argparse.Namespace) -> torch.device:
@@ -502,7 +482,7 @@ def open_run(
     file = Path(args.output_dir, "checkpoint.pt")
     if args.resume is not None and file.exists():
         checkpoint = read_checkpoint(file)
-        model = model_of_run(checkpoint, str(file))
+        model, _ = load_model(checkpoint, str(file))
         if checkpoint["classes"] != classes:
             raise ValueError(f"{args.resume} was trained on other classes")
         return model, checkpoint
@@ -554,10 +534,8 @@ def train(args: argparse.Namespace) -> None:
     say(f"{checkpoint['epoch']} of {args.epochs} epochs done; writing to {folder}")
 
     model.to(device)
-    forward, regularizer = model, spatial_entropy
-    if args.compile:
-        forward = torch.compile(model, fullgraph=True)
-        regularizer = torch.compile(spatial_entropy, fullgraph=True)
+    compiled = partial(torch.compile, fullgraph=True, disable=not args.compile)
+    forward, regularizer = compiled(model), compiled(spatial_entropy)
     if args.world_size > 1:
         forward = DistributedDataParallel(forward)  # averages gradients
     losses_of = partial(losses, forward, regularizer)
@@ -567,8 +545,6 @@ def train(args: argparse.Namespace) -> None:
         optimizer.load_state_dict(checkpoint["optimizer"])
         if ema:
             ema.load_state_dict(checkpoint["model_ema"])
-        if args.rank == 0:
-            write_log(folder, checkpoint)  # a kill may have come before its last line
     source = DATASETS[args.dataset]
     normalize = normalizer(source.mean, source.std, device)
     mix = make_mix(args.mixup, args.cutmix, len(classes))
@@ -583,10 +559,10 @@ def train(args: argparse.Namespace) -> None:
             epoch, model, ema, optimizer, train_loader, prepare, losses_of, args
         )
         if (epoch + 1) % args.val_interval == 0 or epoch + 1 == args.epochs:
-            test = evaluate(model, test_loader, normalize, device, args.amp)
+            test = evaluate(predict(model, test_loader, normalize, device, args.amp))
             line |= {f"test_{name}": value for name, value in test.items()}
             if ema:
-                test = evaluate(ema, test_loader, normalize, device, args.amp)
+                test = evaluate(predict(ema, test_loader, normalize, device, args.amp))
                 line |= {f"test_{name}_ema": value for name, value in test.items()}
         finite = torch.stack([w.isfinite().all() for w in model.parameters()]).all()
         if not finite or not math.isfinite(line.get("test_loss", 0)):
@@ -615,12 +591,13 @@ def train(args: argparse.Namespace) -> None:
 def stop(args: argparse.Namespace, number: int, _: object) -> None:
     """Exit at once on Ctrl-C or SIGTERM. Files are written atomically, so this is safe.
 
-    An exception could get lost, as while a worker is forked.
+    An exception raised here could get lost, for example while a worker is forked.
     """
     if multiprocessing.parent_process():
         return  # a worker, which the main process ends
     if hasattr(signal, "SIGCHLD"):  # not on Windows
-        signal.signal(signal.SIGCHLD, lambda *_: None)  # workers may end before it
+        # PyTorch's handler raises an error if a worker ends before this process.
+        signal.signal(signal.SIGCHLD, lambda *_: None)
     try:
         started = os.path.exists(os.path.join(args.output_dir, "log.jsonl"))
         hint = f"; continue with --resume {shlex.quote(args.output_dir)}"

@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import data
 import train
 from entropy import connected_components, spatial_entropy, threshold_at_mean
-from eval import choose_device, evaluate, hardware
+from eval import choose_device, evaluate, hardware, predict
 from model import MODELS, VisionTransformer
 
 ROUNDS, WARMUP = 30, 3
@@ -219,7 +219,7 @@ def time_eval(args: Namespace) -> None:
 
     models = {name: model.eval() for name, model in vit_small(args.device).items()}
     how = normalize, args.device, args.amp
-    calls = {"evaluate": partial(evaluate, models["SAR"], loader, *how)}
+    calls = {"evaluate": lambda: evaluate(predict(models["SAR"], loader, *how))}
     for name, model in models.items():
         calls[f"forward, {name}"] = partial(forward, model)
     print(f"batches of {count} images of 224x224: {batches}")

@@ -101,9 +101,9 @@ def measure(run: str) -> dict[str, float]:
     where, ema = report["segmentation"], report["weights"] == "model_ema"
     device = "cpu" if report["device"].startswith("cpu") else None
     device = evaluation.choose_device(device)
-    trained = evaluation.load_trained(run, Namespace(device=device, model_ema=ema))
-    model, maps = trained.at(tuple(where["img_size"])), []
-    model.register_forward_hook(lambda _, __, output: maps.append(output[1].float()))
+    options = Namespace(device=device, model=None, model_ema=ema)
+    trained = evaluation.load_trained(run, options)
+    model = trained.at(tuple(where["img_size"]))
     source = where["dataset"], where["data_dir"], model.img_size, where["masks"]
     images = data.load_masks(*source)
     order = range(len(images))
@@ -112,16 +112,15 @@ def measure(run: str) -> dict[str, float]:
         order = torch.randperm(len(images), generator=generator).tolist()
     shuffled = Subset(images, order)
     loader = data.make_loader(shuffled, 500, train=False, workers=0, pin_memory=False)
+    normalize = data.normalizer(trained.mean, trained.std, device)
+    amp = report["precision"] == "bfloat16"
+    predictions = list(evaluation.predict(model, loader, normalize, device, amp))
     other = evaluation.segment(
-        model,
-        ((images, masks.roll(1, 0)) for images, masks in loader),
-        data.normalizer(trained.mean, trained.std, device),
-        device,
-        report["precision"] == "bfloat16",
+        ((logits, maps, masks.roll(1, 0)) for logits, maps, masks in predictions),
         evaluation.PROTOCOLS[where["protocol"]],
-        images.objects,
     )
-    foreground = threshold_at_mean(torch.cat(maps)) > 0  # (images, heads, H, W)
+    maps = torch.cat([maps for _, maps, _ in predictions])
+    foreground = threshold_at_mean(maps) > 0  # (images, heads, H, W)
     pairs = itertools.combinations(foreground.unbind(1), 2)  # of heads
     return {
         "iou_mass_other": other["jaccard_mass"],

@@ -83,7 +83,7 @@ def test_objects_and_collect(tmp_path, monkeypatch, capsys) -> None:
     assert (found["setting"], found["variant"], found["seed"]) == ("tiny", "sar-0.3", 1)
 
     checkpoint = evaluation.read_checkpoint(f"{folder}/checkpoint.pt")
-    model = evaluation.model_of_run(checkpoint, "").eval()
+    model = evaluation.load_model(checkpoint, "")[0].eval()
     images, masks = map(torch.stack, zip(*data.load_masks("shapes", "", (56, 56))))
     source = data.DATASETS["shapes"]
     normalize = data.normalizer(source.mean, source.std, torch.device("cpu"))
