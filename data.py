@@ -29,7 +29,7 @@ NEAREST = v2.InterpolationMode.NEAREST_EXACT
 
 @dataclass(frozen=True)
 class Source:
-    """A row of the table: where to get a dataset, how to read its splits, its statistics.
+    """A row of DATASETS: where to get a dataset, how to read its splits, its statistics.
 
     If there is a `reader`, of torchvision, `train` and `test` are its split arguments ("+"
     joins several). Else they are paths in the data directory, of class folders or of a
@@ -46,7 +46,6 @@ class Source:
 
 CIFAR = "https://www.cs.toronto.edu/~kriz/cifar.html"
 OXFORD = "https://www.robots.ox.ac.uk/~vgg/data"
-VISION = "https://data.vision.ee.ethz.ch/cvl/datasets_extra"
 DATASETS = {
     "shapes": Source("", mean=(0.283,) * 3, std=(0.225,) * 3),
     "cifar10": Source(CIFAR, True, False, datasets.CIFAR10),
@@ -69,7 +68,12 @@ DATASETS = {
         f"{OXFORD}/flowers/102", "train+val", "test", datasets.Flowers102
     ),
     "pets": Source(f"{OXFORD}/pets", "trainval", "test", datasets.OxfordIIITPet),
-    "food101": Source(f"{VISION}/food-101", "train", "test", datasets.Food101),
+    "food101": Source(
+        "https://data.vision.ee.ethz.ch/cvl/datasets_extra/food-101",
+        "train",
+        "test",
+        datasets.Food101,
+    ),
     "imagenet": Source("https://image-net.org"),
     "inaturalist": Source(
         "https://github.com/visipedia/inat_comp", "2021_train", "2021_valid"
@@ -96,7 +100,7 @@ VOC2012 = Source(
 class Images(Dataset):
     """(image, label) pairs. The transform gets a PIL image or a tensor."""
 
-    images: Sequence  # by index: paths, or uint8 (h, w), (h, w, 3) or tensors (3, h, w)
+    images: Sequence  # paths, uint8 arrays (h, w) or (h, w, 3), or tensors (3, h, w)
     targets: torch.Tensor  # int64 (n,), indices into classes
     classes: list[str]  # names; empty if they are not known
     transform: Callable | None = None
@@ -574,7 +578,10 @@ def test_transform(img_size: int, *, crop: str) -> v2.Compose:
 
 
 def make_mix(mixup: float, cutmix: float, classes: int) -> Callable:
-    """(images, labels) -> the same, mixed by mixup or cutmix, at even odds if both."""
+    """Return a function of (images, labels) that mixes both, by mixup or cutmix.
+
+    Of both, each batch gets one at even odds; mixed labels are float (B, classes).
+    """
     mixes = [v2.MixUp(alpha=mixup, num_classes=classes)] if mixup else []
     mixes += [v2.CutMix(alpha=cutmix, num_classes=classes)] if cutmix else []
     return v2.RandomChoice(mixes) if mixes else lambda *batch: batch

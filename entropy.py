@@ -65,6 +65,9 @@ def similarity_maps(
     Returns:
         (B, heads, H, W) in float64 for float64 input, else in float32, also under
         autocast.
+
+    Raises:
+        ValueError: the shapes, the grid, prefix_tokens and pool do not fit together.
     """
     if query.dim() != 4 or query.shape != key.shape:
         shapes = f"{tuple(query.shape)} and {tuple(key.shape)}"
@@ -130,8 +133,8 @@ def connected_components(mask: torch.Tensor) -> torch.Tensor:
 
     Returns:
         int64 (..., H, W): 0 for the background, else 1 + the raster index of the last
-        2x2 block that the component touches. So labels are unique within a mask, have
-        gaps, and are at most ceil(H / 2) * ceil(W / 2).
+        2x2 block with a pixel of the component. All pixels of a block touch, so labels
+        are unique within a mask; they have gaps and are at most ceil(H / 2) * ceil(W / 2).
 
     Raises:
         TypeError: mask is not bool.
@@ -177,7 +180,7 @@ def entropy_of_masses(masses: torch.Tensor) -> torch.Tensor:
     probability = masses / total.where(total != 0, 1)
     # 0 ln 0 is 0: in the logarithm the smallest normal number stands for 0.
     log_probability = probability.clamp(min=torch.finfo(masses.dtype).tiny).log()
-    # The first term is 0, or NaN if the total is not finite.
+    # The first term is 0, or NaN if the total is not finite; it also turns -0 into 0.
     return 0 * total.squeeze(-1) - (probability * log_probability).sum(-1)
 
 
@@ -221,10 +224,10 @@ def _label(masks: torch.Tensor, stop_early: bool) -> torch.Tensor:
     end at the last block of a group. A linked group points to itself only if t(t(l)) = l
     > t(l); then group t(l) points to it. So every group that remains merges at least
     two, unless it is a whole component, and each round at least halves the number of
-    groups of an unfinished component. That is at most ceil(H / 2) * ceil(W / 2) = k
-    at first: floor(log2(k)) rounds suffice, 5 for 14x14. Where c groups are left, a
-    block's chain has at most c pointers, one to its group and c - 1 on from there, and
-    n jumps follow 2^n.
+    groups of an unfinished component. An unfinished component has at most k =
+    ceil(H / 2) * ceil(W / 2) groups at first, so floor(log2(k)) rounds suffice, 5 for
+    14x14. Where c groups are left, c pointers lead a block to the end, and n jumps follow
+    2^n of them.
 
     stop_early ends both loops when nothing changes; this check makes the host wait.
     """
@@ -235,9 +238,8 @@ def _label(masks: torch.Tensor, stop_early: bool) -> torch.Tensor:
     down = columns + 1
     pixels = F.pad(masks, (2, 2 * columns - width, 2, 2 * rows - height))
     pixels = pixels.view(number, rows + 1, 2, down, 2)
-    nw, ne, sw, se = pixels.permute(2, 4, 0, 1, 3).reshape(
-        4, -1
-    )  # pixels of each block
+    # The four pixels of each block.
+    nw, ne, sw, se = pixels.permute(2, 4, 0, 1, 3).reshape(4, -1)
     links = []
     for step, here, there in (
         (1, ne | se, nw | sw),
@@ -248,9 +250,8 @@ def _label(masks: torch.Tensor, stop_early: bool) -> torch.Tensor:
         links.append((step, here[:-step] & there[step:]))
 
     labels = torch.arange((rows + 1) * down, device=masks.device).repeat(number, 1)
-    dtype = (
-        torch.int16 if labels.shape[1] < 2**15 else torch.int32
-    )  # the smaller, the faster
+    # The smaller the type, the faster.
+    dtype = torch.int16 if labels.shape[1] < 2**15 else torch.int32
     line = labels.flatten().to(dtype)
     groups = rows * columns  # the most that an unfinished component can have
     while groups > 1:
@@ -275,14 +276,14 @@ def _label(masks: torch.Tensor, stop_early: bool) -> torch.Tensor:
             link &= line[:-step] != line[step:]
         groups //= 2
 
-    # From the position in the line to 1 + the raster index, without the padding.
+    # From the position of a block to 1 + its raster index, without the padding.
     raster = (line - line // down - columns).view(number, rows + 1, 1, down, 1)
     labels = (raster * pixels).view(number, 2 * (rows + 1), 2 * down)
     return labels[:, 2 : 2 + height, 2 : 2 + width].long()
 
 
-# One operator to torch.compile, as the number of rounds on a CPU depends on the data. Its
-# name is part of compiled code that is cached on disk.
+# One operator to torch.compile, as the number of rounds on a CPU depends on the data.
+# Compiled code that is cached on disk calls it by this name.
 @torch.library.custom_op("spatial_entropy::connected_components", mutates_args=())
 def _label_as_one_operator(masks: torch.Tensor) -> torch.Tensor:
     return _label(masks, stop_early=True)

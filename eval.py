@@ -297,8 +297,8 @@ def segment(predictions: Iterable, protocol: Protocol) -> dict:
         rules = mass_mask(similarity, protocol.mass), threshold_at_mean(similarity) > 0
         patches = torch.cat(rules, 1)  # (B, 2 * heads, H, W)
         index, present = jaccard(patches, masks, protocol.void_counts)
-        finite = 0 * similarity.sum((-2, -1))  # NaN if a score is not finite
-        index = index.unflatten(1, (2, -1)) + finite[:, None, :, None]  # by rule
+        zero = 0 * similarity.sum((-2, -1))  # or NaN if a score is not finite
+        index = index.unflatten(1, (2, -1)) + zero[:, None, :, None]  # by rule
         number = present.sum(1)[:, None]  # (B, 1), of objects
         best = 100 * index.amax(2).sum(-1) / number  # (B, 2)
         heads = 100 * index.sum(-1) / number[..., None]  # (B, 2, heads)
@@ -670,7 +670,7 @@ def attention_maps(
 
 
 def report_picture(args: Namespace, trained: Trained, report: dict) -> None:
-    """Draw the attention on the images of a folder, or of the dataset."""
+    """Draw the attention on one's own images, or on those of the dataset."""
     models = [trained]
     if args.compare:
         args.classes = None  # those of the first
@@ -722,8 +722,9 @@ def make_parser() -> argparse.ArgumentParser:
     add("--amp", action=argparse.BooleanOptionalAction, help=amp)
     add("--batch-size", type=int, help="images at a time [as in training, or 64]")
     add("--workers", type=int, default=0, help="loader processes [%(default)s]")
-    add("--img-size", type=int, help="side of the images in pixels [as in training]")
-    add("--json", type=path, metavar="FILE", help="write all measurements there")
+    size = "side of the images in pixels [as in training, or the protocol's]"
+    add("--img-size", type=int, help=size)
+    add("--json", type=path, metavar="FILE.json", help="write all measurements there")
 
     add = parser.add_argument_group("accuracy").add_argument
     names = f"{', '.join(data.DATASETS)} [as in training]"
@@ -745,14 +746,14 @@ def make_parser() -> argparse.ArgumentParser:
     add("--masks", type=path, metavar="DIR", help=masks)
     protocol = "variant of the Jaccard index [%(default)s]"
     add("--protocol", choices=PROTOCOLS, default="dino", help=protocol)
-    add("--attention", type=path, metavar="FILE.png", help="draw it")
+    add("--attention", type=path, metavar="FILE.png", help="draw the attention")
     add("--images", type=path, help="image or folder of images to draw [the dataset's]")
     add("--compare", type=path, help="a second checkpoint, drawn beside the first")
     add("--rows", type=int, default=4, help="images in the picture [%(default)s]")
 
     group = "pretrained checkpoints (a run has its own)"
     add = parser.add_argument_group(group).add_argument
-    add("--model", choices=MODELS, help="what the file holds")
+    add("--model", choices=MODELS, help="its architecture")
     floats = {"type": float, "nargs": 3, "metavar": "X"}
     floats["help"] = "of each channel, on the scale 0 to 1 [ImageNet's]"
     add("--mean", **floats)

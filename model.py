@@ -3,11 +3,12 @@
 
 Dosovitskiy et al., "An Image is Worth 16x16 Words" (arXiv 2010.11929), in the shape and
 with the parameter names of DeiT (arXiv 2012.12877), timm and DINO. SAR (Peruzzo et al.,
-arXiv 2206.04636) needs two things in the last block:
+arXiv 2206.04636) concerns the last block:
 
-- the similarity map: the scores of the CLS query against the patch keys before softmax;
-- optionally (`last_skip=False`) no skip connection around the attention, and with it no
-  drop-path there and no second LayerNorm; the MLP keeps its skip.
+- It returns the similarity map: the scores of the CLS query against the patch keys before
+  softmax.
+- With `last_skip=False` its attention has no skip connection, so no drop-path there, and
+  no LayerNorm after it. The MLP keeps its skip.
 
 Only the CLS token of the last block reaches the classifier, so that block computes its
 query, attention, projection and MLP for the CLS token alone, from the keys and values
@@ -67,14 +68,13 @@ class Attention(nn.Module):
 class Block(nn.Module):
     """Pre-norm transformer block: (B, N, D) -> (B, N, D)."""
 
-    def __init__(self, dim: int, num_heads: int, mlp_ratio: float, drop_path: float):
+    def __init__(self, dim: int, num_heads: int, drop_path: float) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(dim, eps=1e-6)
         self.attn = Attention(dim, num_heads)
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
-        hidden_dim = int(dim * mlp_ratio)
-        layers = {"fc1": nn.Linear(dim, hidden_dim), "act": nn.GELU()}
-        layers["fc2"] = nn.Linear(hidden_dim, dim)
+        layers = {"fc1": nn.Linear(dim, 4 * dim), "act": nn.GELU()}
+        layers["fc2"] = nn.Linear(4 * dim, dim)
         self.mlp = nn.Sequential(OrderedDict(layers))
         self.drop_path = drop_path
 
@@ -116,7 +116,8 @@ class LastBlock(Block):
             attended = F.scaled_dot_product_attention(q, k, v)
             # The mean of <q_i, k> over i is <mean of q_i, k>: no N x N matrix is made.
             q = q.mean(-2, keepdim=True)  # (B, h, 1, d)
-        # bfloat16 has 8 bits: many scores would fall on the wrong side of their mean.
+        # In bfloat16, of 8 significant bits, many scores would be on the wrong side of
+        # their mean.
         dtype = torch.promote_types(q.dtype, torch.float32)
         with torch.autocast(q.device.type, enabled=False):
             scores = (q.to(dtype) * q.shape[-1] ** -0.5) @ k.to(dtype).transpose(-2, -1)
@@ -163,7 +164,6 @@ class VisionTransformer(nn.Module):
         embed_dim: int,
         depth: int,
         num_heads: int,
-        mlp_ratio: float = 4.0,
         drop_path: float = 0.0,
         last_skip: bool = True,
         pool: str = "cls",
@@ -185,7 +185,7 @@ class VisionTransformer(nn.Module):
         tokens = self.prefix_tokens + math.prod(self.grid)
         self.pos_embed = nn.Parameter(torch.zeros(1, tokens, embed_dim))
         rates = [drop_path * i / max(depth - 1, 1) for i in range(depth)]
-        shape = (embed_dim, num_heads, mlp_ratio)
+        shape = (embed_dim, num_heads)
         self.blocks = nn.ModuleList([Block(*shape, rate) for rate in rates[:-1]])
         self.blocks.append(LastBlock(*shape, rates[-1], last_skip=last_skip, pool=pool))
         self.norm = nn.LayerNorm(embed_dim, eps=1e-6)

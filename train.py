@@ -59,8 +59,8 @@ from model import (
     read_checkpoint,
 )
 
-# Defaults: the authors' recipe for small datasets (DeiT's, for 100 epochs), and a recipe
-# for shapes, a demonstration: minutes on a CPU, and a lambda that shows what SAR does.
+# Defaults, in pairs: the authors' recipe for small datasets, which is DeiT's for 100 epochs,
+# and a recipe for shapes that takes minutes on a CPU, with a lambda that shows what SAR does.
 DEFAULTS = {
     "model": ("vit_small", "vit_mini"),
     "img_size": (224, 56),
@@ -124,7 +124,7 @@ def make_parser() -> argparse.ArgumentParser:
     crop += "unshifted [whole for shapes; padded if --img-size <= 32; else resized]"
     add("--crop", crop, choices=("resized", "padded", "whole"))
     aa = ("none", *(f"rand-m{magnitude}" for magnitude in range(1, 11)))
-    add("--aa", "RandAugment or none", choices=aa, metavar="rand-mM")
+    add("--aa", "RandAugment, M from 1 to 10, or none", choices=aa, metavar="rand-mM")
     add("--reprob", "probability of random erasing", type=float)
     add("--mixup", "alpha of mixup, 0 is off", type=float)
     add("--cutmix", "alpha of cutmix, 0 is off", type=float)
@@ -138,9 +138,11 @@ def make_parser() -> argparse.ArgumentParser:
     add("--pool", pool, choices=("cls", "mean"), default="cls")
     pos_std = "standard deviation of the initial position embedding"
     add("--pos-std", pos_std, type=float, default=0.02)
-    add("--drop-path", "probability of skipping a block", type=float)
-    finetune = "start from weights of timm, DeiT, DINO or a run, with at most 3 "
-    finetune += "--warmup-epochs by default [none]"
+    add("--drop-path", "stochastic depth, rising to this in the last block", type=float)
+    finetune = (
+        "start from weights of timm, DeiT, DINO or a run's checkpoint.pt, with at "
+    )
+    finetune += "most 3 --warmup-epochs by default [none]"
     add("--finetune", finetune, type=path, metavar="FILE")
 
     group = parser.add_argument_group("SAR")
@@ -170,11 +172,15 @@ def make_parser() -> argparse.ArgumentParser:
     group = parser.add_argument_group("run")
     help_text = "show this, with the defaults for --dataset"
     group.add_argument("-h", "--help", action="store_true", help=help_text)
-    add("--output-dir", "[runs/DATASET-MODEL-lambdaL-seedS]", type=path)
+    add(
+        "--output-dir",
+        "folder of the run [runs/DATASET-MODEL-lambdaL-seedS]",
+        type=path,
+    )
     resume = "continue a run with its settings; only --device, --workers, --data-dir "
     resume += "and --compile may be given anew [none]"
     add("--resume", resume, type=path, metavar="RUN_DIR")
-    add("--seed", "on a CPU, the same seed gives the same weights", type=int, default=0)
+    add("--seed", "of all random numbers", type=int, default=0)
     add("--device", "cuda, cuda:N, mps or cpu [the first available]")
     add("--amp", "bfloat16 [on CUDA GPUs that support it]", action=switch)
     interval = "test every N epochs, and after the last"
@@ -288,7 +294,7 @@ def losses(
         logits, similarity = model(images)
     logits = logits.float()
     cross_entropy = F.cross_entropy(logits, target, label_smoothing=args.smoothing)
-    if args.sar_lambda == 0:  # the plain ViT: the entropy is only measured
+    if args.sar_lambda == 0:  # the entropy is only measured
         entropy, loss = regularizer(similarity.detach()), cross_entropy
     else:
         entropy = regularizer(similarity)
@@ -364,7 +370,7 @@ def train_one_epoch(
         train_loss, train_entropy = (sums / (step + 1)).tolist()
         if not math.isfinite(train_loss + train_entropy):
             raise FloatingPointError(
-                f"no finite loss by step {step + 1} of epoch {epoch + 1}: cross-entropy "
+                f"loss not finite by step {step + 1} of epoch {epoch + 1}: cross-entropy "
                 f"{train_loss}, spatial entropy {train_entropy}, learning rate {lr:g}"
             )
         if not last:
@@ -412,7 +418,7 @@ def write(file: Path, content: bytes) -> None:
 
 
 def save(folder: Path, checkpoint: dict) -> None:
-    """Write log.jsonl, then checkpoint.pt, which restores the log if it is resumed."""
+    """Write log.jsonl, then checkpoint.pt, from which --resume restores the log."""
     lines = "".join(json.dumps(line) + "\n" for line in checkpoint["log"])
     write(folder / "log.jsonl", lines.encode())
     buffer = io.BytesIO()
@@ -505,7 +511,7 @@ def open_run(
         with log.open("x") as opened:  # fails if another run has just begun here
             args.new_log = log
             opened.write(json.dumps(settings) + "\n")
-    checkpoint = {"epoch": 0, "settings": settings, "log": [settings]}  # epochs done
+    checkpoint = {"epoch": 0, "settings": settings, "log": [settings]}
     return model, checkpoint | {"architecture": architecture, "classes": classes}
 
 
@@ -527,7 +533,9 @@ def train(args: argparse.Namespace) -> None:
     model, checkpoint = open_run(args, device, classes)
     millions = sum(parameter.numel() for parameter in model.parameters()) / 1e6
     grid, skip = "x".join(map(str, model.grid)), "kept" if args.last_skip else "removed"
-    say(f"{args.model}: {millions:.2f} M parameters, {grid} patches, last skip {skip}")
+    say(
+        f"{args.model}: {millions:.2f} M parameters, {grid} patches, skip in the last block {skip}"
+    )
     rule = f"{args.lr:g} * {args.global_batch} / 512 = {args.peak_lr:.3g}"
     say(f"learning rate {rule}, lambda {args.sar_lambda:g}")
     say(f"{hardware(device)}, {'bfloat16' if args.amp else 'float32'}")
@@ -567,7 +575,7 @@ def train(args: argparse.Namespace) -> None:
         finite = torch.stack([w.isfinite().all() for w in model.parameters()]).all()
         if not finite or not math.isfinite(line.get("test_loss", 0)):
             raise FloatingPointError(
-                f"no finite weights or test loss after epoch {epoch + 1}: test "
+                f"weights or test loss not finite after epoch {epoch + 1}: test "
                 f"cross-entropy {line.get('test_loss')}, learning rate {line['lr']:g}"
             )
         line["seconds"] = time.perf_counter() - start
@@ -618,7 +626,7 @@ def main() -> None:
         say("", stays=False)
         if "new_log" in args and not Path(args.output_dir, "checkpoint.pt").exists():
             with contextlib.suppress(OSError):
-                args.new_log.unlink()  # leave nothing of a run that fails in epoch 1
+                args.new_log.unlink()  # a run that fails in epoch 1 leaves no log
         if not isinstance(error, (OSError, ValueError, FloatingPointError)):
             raise
         # Of a worker's error, which starts with a traceback, take the last line.
