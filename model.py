@@ -366,8 +366,8 @@ def load_model(
         raise ValueError(f"{source} does not name its model: add --model ({names})")
     if architecture is None:
         patch_size = weights["patch_embed.proj.weight"].shape[-1]
-        tokens = ("cls_token" in weights) + ("dist_token" in weights)
-        side = math.isqrt(weights["pos_embed"].shape[1] - tokens)  # of a square grid
+        # Of a square grid; one or two tokens more do not change the rounded root.
+        side = math.isqrt(weights["pos_embed"].shape[1])
         last_norm = f"blocks.{MODELS[preset]['depth'] - 1}.norm2.weight"
         architecture = MODELS[preset] | {
             "img_size": side * patch_size,

@@ -128,8 +128,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--reprob", "probability of random erasing", type=float)
     add("--mixup", "alpha of mixup, 0 is off", type=float)
     add("--cutmix", "alpha of cutmix, 0 is off", type=float)
-    workers = "loader processes [0 on a CPU, else one per core, at most 16]"
-    add("--workers", workers, type=int)
+    add("--workers", "loader processes [0 on a CPU, else up to 16]", type=int)
 
     group = parser.add_argument_group("model")
     add("--model", "preset", choices=MODELS)
@@ -139,15 +138,11 @@ def make_parser() -> argparse.ArgumentParser:
     pos_std = "standard deviation of the initial position embedding"
     add("--pos-std", pos_std, type=float, default=0.02)
     add("--drop-path", "stochastic depth, rising to this in the last block", type=float)
-    finetune = (
-        "start from weights of timm, DeiT, DINO or a run's checkpoint.pt, with at "
-    )
-    finetune += "most 3 --warmup-epochs by default [none]"
+    finetune = "start from a checkpoint of timm, DeiT, DINO or a run [none]"
     add("--finetune", finetune, type=path, metavar="FILE")
 
     group = parser.add_argument_group("SAR")
-    sar_lambda = "weight of the spatial entropy, 0 is the plain ViT"
-    add("--sar-lambda", sar_lambda, type=float)
+    add("--sar-lambda", "weight of the entropy, 0 is the plain ViT", type=float)
     shape = "lambda rises for 10 epochs (at most half of the run), then falls to 0; or "
     shape += "it is constant"
     add("--sar-schedule", shape, choices=("cosine", "constant"), default="cosine")
@@ -172,11 +167,7 @@ def make_parser() -> argparse.ArgumentParser:
     group = parser.add_argument_group("run")
     help_text = "show this, with the defaults for --dataset"
     group.add_argument("-h", "--help", action="store_true", help=help_text)
-    add(
-        "--output-dir",
-        "folder of the run [runs/DATASET-MODEL-lambdaL-seedS]",
-        type=path,
-    )
+    add("--output-dir", "its folder [runs/DATASET-MODEL-lambdaL-seedS]", type=path)
     resume = "continue a run with its settings; only --device, --workers, --data-dir "
     resume += "and --compile may be given anew [none]"
     add("--resume", resume, type=path, metavar="RUN_DIR")
