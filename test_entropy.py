@@ -1429,6 +1429,21 @@ def test_neither_workers_nor_testing_change_a_run(tiny) -> None:
     assert still["log"][1]["train_loss"] != still["log"][2]["train_loss"]
 
 
+def test_compiled_training(tiny, monkeypatch) -> None:
+    _, eager = tiny("--epochs 1")
+    compile_with, compiled = torch.compile, []
+
+    def compile_quickly(function, **options):
+        compiled.append(options["disable"])
+        return compile_with(function, backend="aot_eager", **options)
+
+    monkeypatch.setattr(torch, "compile", compile_quickly)
+    _, saved = tiny("--epochs 1 --compile", "compiled")
+    assert compiled == [False, False]  # model and loss
+    for key in ("train_loss", "train_entropy", "test_loss"):
+        assert saved["log"][1][key] == pytest.approx(eager["log"][1][key], abs=1e-4)
+
+
 def test_two_processes_do_what_one_does(tiny, tmp_path) -> None:
     chance = "--lr 0.05 --mixup 0 --cutmix 0 --drop-path 0"
     options = f"{TINY} {chance} --data-dir {tmp_path}/data --output-dir {tmp_path}/two"
