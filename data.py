@@ -262,7 +262,13 @@ def _read_folder(name: str, source: Source, data_dir: Path, part: str) -> Images
         folder = data_dir  # class folders alone, to evaluate
     if not folder.is_dir():
         raise _missing(name, source, f"there is no {folder} with class folders")
-    return read_classes(folder, list_classes(train if train.is_dir() else folder))
+    classes = list_classes(train if train.is_dir() else folder)
+    images = read_classes(folder, classes)
+    if folder == train:
+        found = set(images.targets.tolist())
+        if empty := [each for n, each in enumerate(classes) if n not in found]:
+            raise ValueError(f"{folder} has no images of {', '.join(empty)}")
+    return images
 
 
 def read_classes(folder: Path, classes: list[str]) -> Images:
@@ -417,6 +423,10 @@ class Masked(Dataset):
             image = open_image(image)
             mask = _decode(mask)
             mask = mask if mask.mode == "P" else mask.convert("RGB")  # without alpha
+            if mask.size != image.size:
+                raise ValueError(
+                    f"{self.masks[index]} and its image differ in size, once upright"
+                )
             mask = v2.functional.pil_to_tensor(mask).amax(0)
         if self.meaning is not None:
             mask = self.meaning[mask.long()]

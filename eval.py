@@ -64,7 +64,9 @@ def choose_device(name: str | None) -> torch.device:
     name = name or next(kind for kind, count in counts.items() if count)
     found = re.fullmatch(r"(cuda|mps|cpu)(?::(\d+))?", name)
     if not found or int(found[2] or 0) >= counts[found[1]]:
-        raise ValueError(f"device {name} is not available; try --device cpu")
+        raise ValueError(
+            f"device {name} is not available; use cuda, cuda:N, mps or cpu"
+        )
     return torch.device(name)
 
 
@@ -680,11 +682,17 @@ def report_picture(args: Namespace, trained: Trained, report: dict) -> None:
     titles = [each.path.removesuffix("/checkpoint.pt") for each in models]
     if args.images:
         one = os.path.isfile(args.images)
-        files = [args.images] if one else data.list_images(args.images)[: args.rows]
+        files = [args.images] if one else data.list_images(args.images)
         if not files:
             raise FileNotFoundError(f"there are no images in {args.images}")
+        count = min(args.rows, len(files))
+        files = [files[n * len(files) // count] for n in range(count)]
         images = [data.open_image(file) for file in files]
         captions = [Path(file).stem for file in files]
+        if not one:
+            captions = [
+                str(Path(f).relative_to(args.images).with_suffix("")) for f in files
+            ]
     else:
         dataset = test_images(args, v2.ToPILImage())
         count = min(args.rows, len(dataset))
@@ -718,7 +726,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--checkpoint", type=path, help="a run or pretrained checkpoint [newest run]")
     add("--model-ema", action="store_true", help="evaluate the EMA weights [off]")
     add("--device", help="cuda, cuda:N, mps or cpu [the first available]")
-    amp = "bfloat16 [as in training, on a device of the same kind]"
+    amp = "mixed precision in bfloat16 [as in training, on a device of the same kind]"
     add("--amp", action=argparse.BooleanOptionalAction, help=amp)
     add("--batch-size", type=int, help="images at a time [as in training, or 64]")
     add("--workers", type=int, default=0, help="loader processes [%(default)s]")
@@ -742,12 +750,15 @@ def make_parser() -> argparse.ArgumentParser:
     add = parser.add_argument_group("attention").add_argument
     names = f"Jaccard index of attention and objects: {', '.join(data.MASKS)}"
     add("--segmentation", choices=data.MASKS, metavar="NAME", help=names)
-    masks = "of --segmentation folder: PNG files named like the images, 0 is background"
+    masks = "for --segmentation folder: of cat/a.jpg the mask is DIR/cat/a.png"
     add("--masks", type=path, metavar="DIR", help=masks)
-    protocol = "variant of the Jaccard index [%(default)s]"
+    protocol = (
+        "Jaccard index: dino; sar, where void pixels count; or ipvit, where they "
+    )
+    protocol += "count and 90 %% of the attention is kept [%(default)s]"
     add("--protocol", choices=PROTOCOLS, default="dino", help=protocol)
     add("--attention", type=path, metavar="FILE.png", help="draw the attention")
-    add("--images", type=path, help="image or folder of images to draw [the dataset's]")
+    add("--images", type=path, help="image or folder to draw it for [the dataset's]")
     add("--compare", type=path, help="a second checkpoint, drawn beside the first")
     add("--rows", type=int, default=4, help="images in the picture [%(default)s]")
 
@@ -771,7 +782,7 @@ def parse_args() -> Namespace:
         if getattr(args, option) and not getattr(args, partner):
             parser.error(f"--{option} needs --{partner}")
     if (args.segmentation == "folder") != bool(args.masks):
-        parser.error("--segmentation folder and --masks DIR need each other")
+        parser.error("--segmentation folder needs --masks DIR, and no other takes it")
     limits = {"batch_size": 1, "img_size": 1, "rows": 1, "workers": 0}
     for option, least in limits.items():
         if getattr(args, option) is not None and getattr(args, option) < least:

@@ -1368,7 +1368,7 @@ def test_a_killed_run_is_continued(
         output, errors = process.communicate(timeout=20)  # no worker holds the pipes
     assert process.returncode == code
     assert errors == ""
-    last = f"stopped; continue with --resume {file.parent}"
+    last = f"stopped; continue: python train.py --resume {file.parent}"
     assert (output.splitlines()[-1:] == [last]) == (name != "KILL")
     assert (file.parent / "checkpoint.pt").exists() == (wait == "checkpoint.pt")
     assert run(monkeypatch, f"train --resume {file.parent} --workers 0") == 0
@@ -1390,7 +1390,7 @@ def test_what_resume_takes(tiny, tmp_path, monkeypatch, capsys, error_of) -> Non
     before = log.read_text()
     monkeypatch.setattr(urllib.request, "urlopen", no_network)
     used = error_of(f"train {TINY} --output-dir {folder}")
-    assert f"already contains a run; use --resume {folder} or" in used
+    assert f"or continue it with --resume {folder}\n" in used
     for options, message in {
         "--lr 0.1": "continues a run with its settings: --lr cannot change",
         "--no-model-ema": "--model-ema cannot change",
@@ -2028,7 +2028,7 @@ BAD_INPUT = {
     "train --pos-std 2": "--pos-std must be at least 1e-06 and at most 1, not 2.0",
     "train --sar-lambda=-1": "--sar-lambda must be at least 0, not -1.0",
     "train --lr nan": "--lr must be at least 0, not nan",
-    "train --output-dir used": "used already contains a run; use --resume used or another",
+    "train --output-dir used": "used already contains a run; use another --output-dir, or",
     "train --output-dir used/checkpoint.pt": "used/checkpoint.pt",
     "train --resume used": "'used' holds no run to resume",
     "train --dataset cifar100 --finetune none.pt": "no checkpoint at none.pt",
@@ -2044,7 +2044,7 @@ BAD_INPUT = {
     "eval --checkpoint none.pt": "no checkpoint at none.pt",
     "eval --checkpoint other.pt": "other.pt holds no Vision Transformer",
     "eval --rows 0": "--rows must be at least 1",
-    "eval --device cuda:9": "device cuda:9 is not available; try --device cpu",
+    "eval --device cuda:9": "device cuda:9 is not available; use cuda, cuda:N, mps or cpu",
     "eval --attention picture.jpg": "--attention takes a file name with .png",
     "eval --json runs/checkpoint.pt": "--json takes a file name with .json",
     "eval --std 58 57 57": "--mean and --std must be on the scale of 0 to 1",
@@ -2053,8 +2053,8 @@ BAD_INPUT = {
     "eval --images used": "--images needs --attention",
     "eval --compare used/checkpoint.pt": "--compare needs --attention",
     "eval --mce": "--mce needs --corruptions",
-    "eval --segmentation folder": "folder and --masks DIR need each other",
-    "eval --segmentation shapes --masks used": "folder and --masks DIR need each other",
+    "eval --segmentation folder": "--segmentation folder needs --masks DIR",
+    "eval --segmentation shapes --masks used": "--segmentation folder needs --masks DIR",
 }
 
 

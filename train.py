@@ -114,7 +114,7 @@ def make_parser() -> argparse.ArgumentParser:
         text += "" if "[" in text else " [%(default)s]"
         group.add_argument(option, help=text, **options)
 
-    group = parser.add_argument_group("data (defaults in brackets)")
+    group = parser.add_argument_group("data (here and below, defaults are in brackets)")
     names = ", ".join(DATASETS)
     add("--dataset", names, choices=DATASETS, default="shapes", metavar="NAME")
     add("--data-dir", "folder of the datasets", type=path, default="data")
@@ -153,27 +153,29 @@ def make_parser() -> argparse.ArgumentParser:
     group = parser.add_argument_group("optimization")
     add("--epochs", "passes over the training images", type=int)
     add("--batch-size", "images per step and process", type=int)
-    add("--lr", "peak learning rate, per 512 images", type=float)
-    add("--min-lr", "final learning rate, unscaled", type=float, default=1e-5)
-    add("--warmup-lr", "initial learning rate, unscaled", type=float, default=1e-6)
+    add("--lr", "peak learning rate for 512 images, scaled with the batch", type=float)
+    add("--min-lr", "final learning rate, not scaled", type=float, default=1e-5)
+    add("--warmup-lr", "initial learning rate, not scaled", type=float, default=1e-6)
     warmup = "epochs of linear warm-up, at most half of the run"
     add("--warmup-epochs", warmup, type=float)
-    add("--weight-decay", "of weight matrices only", type=float, default=0.05)
+    add("--weight-decay", "decay of weight matrices", type=float, default=0.05)
     add("--clip-grad", "maximum gradient norm, 0 is off", type=float, default=0.0)
     add("--smoothing", "label smoothing", type=float)
-    add("--model-ema", "also evaluate EMA weights", action=switch)
+    add("--model-ema", "also evaluate a moving average of the weights", action=switch)
     add("--model-ema-decay", "EMA decay per step", type=float, default=0.99996)
 
     group = parser.add_argument_group("run")
     help_text = "show this, with the defaults for --dataset"
     group.add_argument("-h", "--help", action="store_true", help=help_text)
-    add("--output-dir", "its folder [runs/DATASET-MODEL-lambdaL-seedS]", type=path)
+    output_dir = "folder of the run [runs/DATASET-MODEL-lambdaL-seedS]"
+    add("--output-dir", output_dir, type=path)
     resume = "continue a run with its settings; only --device, --workers, --data-dir "
     resume += "and --compile may be given anew [none]"
     add("--resume", resume, type=path, metavar="RUN_DIR")
-    add("--seed", "of all random numbers", type=int, default=0)
+    add("--seed", "random seed", type=int, default=0)
     add("--device", "cuda, cuda:N, mps or cpu [the first available]")
-    add("--amp", "bfloat16 [on CUDA GPUs that support it]", action=switch)
+    amp = "mixed precision in bfloat16 [on CUDA GPUs that support it]"
+    add("--amp", amp, action=switch)
     interval = "test every N epochs, and after the last"
     add("--val-interval", interval, type=int, default=1, metavar="N")
     add("--compile", "torch.compile model and loss", action=switch, default=False)
@@ -229,8 +231,8 @@ def settings_of_run(parser: argparse.ArgumentParser, folder: str) -> dict:
             settings = json.loads(file.readline())
         settings["world_size"]  # which every run has
         return settings | {"output_dir": folder}
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        parser.error(f"{folder!r} holds no run to resume ({error})")
+    except (OSError, ValueError, TypeError, KeyError):
+        parser.error(f"{folder!r} holds no run to resume")
 
 
 # ------------------------------------------------------------------ schedules and loss
@@ -517,8 +519,8 @@ def train(args: argparse.Namespace) -> None:
     used = any((folder / name).exists() for name in ("checkpoint.pt", "log.jsonl"))
     if args.resume is None and used:
         raise ValueError(
-            f"{folder} already contains a run; use --resume "
-            f"{shlex.quote(args.output_dir)} or another --output-dir"
+            f"{folder} already contains a run; use another --output-dir, or continue it "
+            f"with --resume {shlex.quote(args.output_dir)}"
         )
     train_loader, test_loader, classes = make_loaders(args, device)
     model, checkpoint = open_run(args, device, classes)
@@ -599,7 +601,7 @@ def stop(args: argparse.Namespace, number: int, _: object) -> None:
         signal.signal(signal.SIGCHLD, lambda *_: None)
     try:
         started = os.path.exists(os.path.join(args.output_dir, "log.jsonl"))
-        hint = f"; continue with --resume {shlex.quote(args.output_dir)}"
+        hint = f"; continue: python train.py --resume {shlex.quote(args.output_dir)}"
         say(f"stopped{hint if started else ''}")
     finally:
         for worker in multiprocessing.active_children():

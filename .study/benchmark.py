@@ -222,7 +222,7 @@ def time_eval(args: Namespace) -> None:
     calls = {"evaluate": lambda: evaluate(predict(models["SAR"], loader, *how))}
     for name, model in models.items():
         calls[f"forward, {name}"] = partial(forward, model)
-    print(f"batches of {count} images of 224x224: {batches}")
+    print(f"{batches} x {count} images of 224x224; evaluate is of SAR, with entropies")
     time_in_turn(calls, count * batches, args.device)
 
 

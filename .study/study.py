@@ -16,7 +16,6 @@ eval.py measured it, with --segmentation NAME --json RUN/eval.json, and then `ob
 import itertools
 import json
 import math
-import os
 import statistics
 import sys
 from argparse import Namespace
@@ -135,6 +134,7 @@ def objects(*runs: str) -> None:
     """Write what `measure` finds of runs that have an eval.json to RUN/objects.json."""
     for run in runs:
         Path(run, "objects.json").write_text(json.dumps(measure(run)) + "\n")
+        print(f"wrote {run}/objects.json, for compare")
 
 
 def read_run(run: str | Path) -> tuple[dict, dict]:
@@ -227,8 +227,10 @@ def cell(groups: dict[str, Group], column: str, name: str) -> str:
         return spread(list(values.values()), decimals) if values else ""
     others = {seed: run[name] for seed, run in groups[base].items() if name in run}
     pairs = [values[seed] - others[seed] for seed in values if seed in others]
-    if len(pairs) < 3:
+    if not pairs:
         return ""
+    if len(pairs) < 3:  # too few for an interval
+        return spread([statistics.mean(pairs)], decimals, "+")
     factor = STUDENT[min(len(pairs), 10) - 3] / len(pairs) ** 0.5
     return spread(pairs, decimals, "+", factor)
 
@@ -260,14 +262,21 @@ def compare(*words: str) -> None:
             lists.append([])
         else:
             lists[-1].append(word)
-    groups, columns = {}, []
+    groups, columns, datasets = {}, [], set()
     for letter, runs in zip(ascii_uppercase, lists):
-        found = [read_run(run)[1] for run in runs]
-        groups[letter] = {run["seed"]: measures_of(run) for run in found}
+        found = [read_run(run) for run in runs]
+        datasets |= {settings["dataset"] for settings, _ in found}
+        groups[letter] = {run["seed"]: measures_of(run) for _, run in found}
         if len(groups[letter]) < max(len(runs), 1):
             raise ValueError(f"a group needs runs of different seeds: {' '.join(runs)}")
         columns += [letter] if letter == "A" else [letter, f"{letter} - A"]
-        print(f"{letter}: {len(runs)} runs, {os.path.commonprefix(runs)}*")
+        print(f"{letter}: {' '.join(runs)}")
+    if len(datasets) > 1:
+        raise ValueError(f"the runs are of different datasets: {', '.join(datasets)}")
+    print(
+        "A: mean ± standard deviation; B - A: mean difference of runs with equal seeds, ± "
+    )
+    print("half the width of its 95 % confidence interval, for three pairs or more")
     print_groups("", groups, columns)
 
 
@@ -315,7 +324,9 @@ def table() -> None:
         rows = [["", *(f"{MEASURES[name][0]}: {each}" for name, each in columns)]]
         for setting in SETTINGS:
             if setting not in DETAILED:
-                cells = [cell(found[setting], each, name) for name, each in columns]
+                groups = found[setting]
+                groups = {v: groups[v] if len(groups[v]) > 2 else {} for v in groups}
+                cells = [cell(groups, each, name) for name, each in columns]
                 rows.append([setting, *cells])
         print_table(rows)
 

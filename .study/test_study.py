@@ -57,7 +57,7 @@ def test_compare(monkeypatch, capsys) -> None:
     lines = {
         name: {"seed": int(name[-1]), "accuracy": a} for name, a in accuracy.items()
     }
-    monkeypatch.setattr(study, "read_run", lambda name: ({}, lines[name]))
+    monkeypatch.setattr(study, "read_run", lambda name: ({"dataset": "x"}, lines[name]))
     command = "study compare plain-0 plain-1 plain-2 plain-3 -- mine-2 mine-1 mine-0"
     assert run(monkeypatch, command) == 0
     # Of 80, 81, 82, 83, of 81, 82, 85, and of 1, 1, 3, whose deviation is 2 / sqrt(3).
