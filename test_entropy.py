@@ -941,6 +941,10 @@ def test_class_folders(tmp_path: Path) -> None:
         ValueError, match="val has 2 classes that train/ does not have: dog, elk"
     ):
         load("test")
+    (tmp_path / "train" / "fox").mkdir()
+    with pytest.raises(ValueError, match="train has no images of fox"):
+        load("train")
+    (tmp_path / "train" / "fox").rmdir()
     (tmp_path / "train").rename(tmp_path / "images")
     (tmp_path / "train").mkdir()
     (tmp_path / "images").rename(tmp_path / "train" / "images")  # one folder too many
@@ -1109,6 +1113,9 @@ def test_masks(name, write, count, size, tmp_path, monkeypatch) -> None:
         assert found == {0: 2400 - 200, 1: 128, 255: 72}
     elif name == "folder":
         assert [int(mask.sum()) for _, mask in masked] == [600, 400, 200, 0]
+        write_mask(tmp_path / "masks" / "cat" / "1.png", torch.ones(60, 40))
+        with pytest.raises(ValueError, match="1.png and its image differ in size"):
+            masked[1]
     elif name == "shapes":
         assert mask.bool().equal(data.make_shapes("test")[1][0])
     else:
@@ -1936,7 +1943,7 @@ def test_the_picture(tmp_path, monkeypatch) -> None:
     options = f"--attention {file} --images {folder} --compare {tmp_path}/other.pt"
     found = numbers(monkeypatch, tmp_path, options)
     assert "accuracy" not in found
-    assert sorted(found["attention"]["images"]) == sorted(sizes)
+    assert found["attention"]["images"] == sorted(sizes)
     assert {f"{tmp_path}/run.pt", f"{tmp_path}/other.pt"} <= {*texts}
     assert all(name in "".join(texts) for name in sizes)
     source = data.DATASETS["shapes"]
@@ -1950,6 +1957,8 @@ def test_the_picture(tmp_path, monkeypatch) -> None:
             _, maps = model(normalize(pixels[None]))
         torch.testing.assert_close(torch.stack(drawn[n][:2]), maps[0])
         assert len(drawn[n]) == 4
+    two = numbers(monkeypatch, tmp_path, f"{options} --rows 2")["attention"]["images"]
+    assert two == sorted(sizes)[::2]  # from the whole folder
 
 
 def test_the_end_of_an_evaluation(tmp_path, monkeypatch, capsys, error_of) -> None:

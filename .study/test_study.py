@@ -65,6 +65,11 @@ def test_compare(monkeypatch, capsys) -> None:
     assert expected in capsys.readouterr().out
     with pytest.raises(ValueError, match="needs runs of different seeds"):
         study.compare(*command.split()[2:], "mine-0")
+    monkeypatch.setattr(
+        study, "read_run", lambda name: ({"dataset": name}, lines[name])
+    )
+    with pytest.raises(ValueError, match="different datasets"):
+        study.compare("plain-0", "--", "mine-0")
 
 
 def test_objects_and_collect(tmp_path, monkeypatch, capsys) -> None:
