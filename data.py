@@ -413,6 +413,7 @@ class Masked(Dataset):
     masks: Sequence  # paths, or uint8 tensors (h, w)
     size: tuple[int, int]  # height and width
     meaning: torch.Tensor | None = None  # uint8, maps the values of masks, if needed
+    own: bool = False  # a user's own masks, whose sizes may be wrong
 
     def __len__(self) -> int:
         return len(self.images)
@@ -423,7 +424,7 @@ class Masked(Dataset):
             image = open_image(image)
             mask = _decode(mask)
             mask = mask if mask.mode == "P" else mask.convert("RGB")  # without alpha
-            if mask.size != image.size:
+            if self.own and mask.size != image.size:
                 raise ValueError(
                     f"{self.masks[index]} and its image differ in size, once upright"
                 )
@@ -475,7 +476,7 @@ def load_masks(
         pets = _open(name, DATASETS[name], data_dir, DATASETS[name].test)
         images, masks = pets._images, pets._segs
         meaning = torch.tensor([VOID, 1, 0, VOID], dtype=torch.uint8)
-    return Masked(images, masks, size, meaning)
+    return Masked(images, masks, size, meaning, own=name == "folder")
 
 
 def load_corruptions(

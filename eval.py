@@ -122,7 +122,8 @@ def predict(
 def evaluate(predictions: Iterable, classes: torch.Tensor | None = None) -> dict:
     """Measure accuracy and attention statistics from what `predict` yields with labels.
 
-    `classes`, int64, is the model's class of each label; other logits are dropped.
+    `classes`, int64 on the device, is the model's class of each label; other logits are
+    dropped.
 
     Returns:
         images (their number); loss (cross-entropy), acc1, acc5 (percent), entropy (nats)
@@ -131,7 +132,7 @@ def evaluate(predictions: Iterable, classes: torch.Tensor | None = None) -> dict
     batches = []  # results per image; they stay on the device until the end
     for logits, similarity, labels in predictions:
         if classes is not None:
-            logits = logits[:, classes.to(logits.device, non_blocking=True)]
+            logits = logits[:, classes]
         best = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]  # (B, 5)
         batch = {"loss": F.cross_entropy(logits, labels, reduction="none")}
         batch |= {"acc1": 100.0 * best[:, 0], "acc5": 100.0 * best.any(1)}
@@ -520,7 +521,8 @@ def match_classes(
             f"{path} does not know {len(unknown)} of the {len(dataset.classes)} classes "
             f"of {name}, such as {', '.join(unknown[:5])}"
         )
-    classes = torch.tensor([known.index(each) for each in dataset.classes])
+    indices = [known.index(each) for each in dataset.classes]
+    classes = torch.tensor(indices, device=trained.model.pos_embed.device)
     if len(classes) < count:
         say(f"{name}: logits are restricted to {len(classes)} of {count} classes")
     return classes
@@ -753,9 +755,9 @@ def make_parser() -> argparse.ArgumentParser:
     masks = "for --segmentation folder: of cat/a.jpg the mask is DIR/cat/a.png"
     add("--masks", type=path, metavar="DIR", help=masks)
     protocol = (
-        "Jaccard index: dino; sar, where void pixels count; or ipvit, where they "
+        "of the Jaccard index; with sar and ipvit void pixels count, ipvit keeps "
     )
-    protocol += "count and 90 %% of the attention is kept [%(default)s]"
+    protocol += "90 %% of the attention, not 60 [%(default)s]"
     add("--protocol", choices=PROTOCOLS, default="dino", help=protocol)
     add("--attention", type=path, metavar="FILE.png", help="draw the attention")
     add("--images", type=path, help="image or folder to draw it for [the dataset's]")

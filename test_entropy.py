@@ -643,22 +643,6 @@ def test_load_weights_refuses_what_does_not_fit() -> None:
             vit.load_weights(small_model(), small_model(**options).state_dict())
 
 
-def test_read_checkpoint(tmp_path: Path) -> None:
-    """Read argparse.Namespace beside tensors; name anything else in one sentence."""
-    file = tmp_path / "file.pt"
-    weights = {"model": torch.zeros(1000)}
-    torch.save(weights | {"args": argparse.Namespace(lr=1)}, file)
-    assert vit.read_checkpoint(file)["args"].lr == 1
-    whole = file.read_bytes()
-    for content, message in (
-        (whole[: len(whole) // 2], "is damaged or not a checkpoint"),
-        (pickle.dumps({"run": os.getcwd}, 2), r"contains posix.getcwd"),
-    ):
-        file.write_bytes(content)
-        with pytest.raises(ValueError, match=message):
-            vit.read_checkpoint(file)
-
-
 @pytest.mark.parametrize("package", ["timm", "torchvision.models", "transformers"])
 def test_recipes_of_the_readme(package: str, tmp_path: Path) -> None:
     """The snippets run as they stand, and the entropy reaches the model's weights."""

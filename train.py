@@ -199,7 +199,7 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         parser.print_help()
         parser.exit()
     if args.resume is not None:
-        for name in defaults.keys() - MAY_CHANGE:
+        for name in sorted(defaults.keys() - MAY_CHANGE):
             if getattr(args, name) != defaults[name]:
                 option = f"--{name.replace('_', '-')}"
                 parser.error(
