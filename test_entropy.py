@@ -921,9 +921,7 @@ def test_class_folders(tmp_path: Path) -> None:
     assert test.targets.tolist() == [1, 1, 2, 2]
 
     write_images(tmp_path / "val", ("dog/0.png", "elk/0.png"))
-    with pytest.raises(
-        ValueError, match="val has 2 classes that train/ does not have: dog, elk"
-    ):
+    with pytest.raises(ValueError, match="val has 2 classes that train/ .*: dog, elk"):
         load("test")
     (tmp_path / "train" / "fox").mkdir()
     with pytest.raises(ValueError, match="train has no images of fox"):
@@ -1062,12 +1060,12 @@ def test_loaders(tmp_path: Path) -> None:
     assert torch.cat(turns).equal(torch.cat(images))
     parts = [load(False, rank=rank, world_size=3)[1] for rank in range(3)]
     assert sorted(itertools.chain(*parts)) == list(range(20))
-    with pytest.raises(
-        ValueError, match="--batch-size 3 for each of 7 .* exceeds the 20"
+    for training, processes, message in (
+        (True, 7, "--batch-size 3 for each of 7 .* exceeds the 20"),
+        (False, 21, "one image for each of 21 .* the 20 test"),
     ):
-        load(True, rank=0, world_size=7)
-    with pytest.raises(ValueError, match="one image for each of 21 .* the 20 test"):
-        load(False, rank=0, world_size=21)
+        with pytest.raises(ValueError, match=message):
+            load(training, rank=0, world_size=processes)
 
 
 @pytest.mark.parametrize(
@@ -1105,9 +1103,8 @@ def test_masks(name, write, count, size, tmp_path, monkeypatch) -> None:
     else:
         assert mask.bool().equal(image[0] > 0)
     half = (size[0] // 2, size[1] // 2)
-    small_image, small_mask = data.load_masks(name, tmp_path, half, tmp_path / "masks")[
-        0
-    ]
+    halved = data.load_masks(name, tmp_path, half, tmp_path / "masks")
+    small_image, small_mask = halved[0]
     assert small_mask.equal(mask[1::2, 1::2])  # the nearest pixel, as PIL takes it
     if name in ("voc2012", "pets"):
         bilinear = v2.functional.resize(data.open_image(masked.images[0]), half)
@@ -1217,9 +1214,8 @@ def test_schedules() -> None:
     assert {train.rates(step, 8, args)[1] for step in range(8)} == {0.01}
     args.epochs = 100
     for args.peak_lr in (0, 1e-7, 2e-6):  # below either end of the schedule
-        assert (
-            max(train.rates(step, 100, args)[0] for step in range(100)) == args.peak_lr
-        )
+        rates = [train.rates(step, 100, args)[0] for step in range(100)]
+        assert max(rates) == args.peak_lr
 
 
 def test_settings() -> None:
@@ -1273,10 +1269,9 @@ def test_the_loop_uses_every_setting(tiny, monkeypatch) -> None:
     assert (decayed["weight_decay"], kept["weight_decay"]) == (0.3, 0)
     assert decayed["lr"] == kept["lr"] == rates[1][0]
     # The gradient was clipped: of its squares AdamW keeps a thousandth per step.
-    squares = [
-        each["exp_avg_sq"].sum() for each in saved["optimizer"]["state"].values()
-    ]
-    assert 1e-21 < sum(squares) < 2.1e-21
+    state = saved["optimizer"]["state"].values()
+    squares = sum(each["exp_avg_sq"].sum() for each in state)
+    assert 1e-21 < squares < 2.1e-21
     # The average of three sets of weights: at the start, after one step and after two. The
     # first step has lr 1e-6, so its weights are about those at the start.
     torch.manual_seed(0)
@@ -1323,10 +1318,8 @@ def test_train_and_eval_from_the_shell(tmp_path: Path) -> None:
     assert (tmp_path / "attention.png").exists()
     output = shell(f"{train_py} --dataset imagenet --help")
     assert "[300]" in output
-    missing = [
-        line for line in output.splitlines() if "[None]" in line or "usage" in line
-    ]
-    assert not missing
+    assert "[None]" not in output
+    assert "usage" not in output
 
 
 @pytest.mark.parametrize(
@@ -1372,11 +1365,8 @@ def test_a_killed_run_is_continued(
 
 def test_what_resume_takes(tiny, tmp_path, monkeypatch, capsys, error_of) -> None:
     folder = tmp_path / "run"
-    file, log, again = (
-        folder / "checkpoint.pt",
-        folder / "log.jsonl",
-        f"train --resume {folder}",
-    )
+    file, log = folder / "checkpoint.pt", folder / "log.jsonl"
+    again = f"train --resume {folder}"
     _, saved = tiny()
     before = log.read_text()
     monkeypatch.setattr(urllib.request, "urlopen", no_network)
@@ -1467,9 +1457,8 @@ def test_finetune(tiny, tmp_path, capsys) -> None:
     source = vit.VisionTransformer(**vit.MODELS["vit_mini"], **options).state_dict()
     wrapped = {f"module.backbone.{name}": value for name, value in source.items()}
     torch.save({"teacher": wrapped, "args": argparse.Namespace()}, tmp_path / "dino.pt")
-    code, saved = tiny(
-        f"--sar-lambda 0 --lr 0 --epochs 1 --finetune {tmp_path}/dino.pt"
-    )
+    frozen = "--sar-lambda 0 --lr 0 --epochs 1"
+    code, saved = tiny(f"{frozen} --finetune {tmp_path}/dino.pt")
     output = capsys.readouterr().out
     assert code == 0
     assert "14x14 -> 7x7" in output
@@ -1510,9 +1499,7 @@ def test_a_run_that_is_not_finite_keeps_its_last_good_epoch(
     monkeypatch.setattr(
         train, name, lambda *a: broken if next(calls) == call else function(*a)
     )
-    interval = (
-        4 if call == 10 else 1
-    )  # the last step before weights that are not tested
+    interval = 4 if call == 10 else 1  # 4: the weights of epoch 2 are not tested
     code, saved = tiny(f"--epochs 4 --sar-lambda 0 --val-interval {interval}")
     assert code == 2
     error = capsys.readouterr().err
@@ -1545,10 +1532,8 @@ def test_a_full_disk_leaves_the_last_checkpoint(tiny, tmp_path, monkeypatch, cap
     sentence = f"train.py: error: {file} cannot be written: No space left on device\n"
     assert capsys.readouterr().err == sentence
     assert stopped["epoch"] == 1
-    assert {file.name for file in file.parent.iterdir()} == {
-        "checkpoint.pt",
-        "log.jsonl",
-    }
+    files = {file.name for file in file.parent.iterdir()}
+    assert files == {"checkpoint.pt", "log.jsonl"}
     assert run(monkeypatch, f"train --resume {file.parent}") == 0
     assert same_run(saved, torch.load(file, weights_only=True))
 
@@ -1689,9 +1674,8 @@ def test_pretrained_checkpoints(tmp_path, monkeypatch, capsys, error_of) -> None
     headless = {f"backbone.{k}": v for k, v in state.items() if "head" not in k}
     torch.save({"teacher": headless, "student": {}}, tmp_path / "run.pt")
     options = f"--model vit_tiny --data-dir {tmp_path}"
-    found = numbers(
-        monkeypatch, tmp_path, f"{options} --segmentation voc2012 --img-size 48"
-    )
+    voc = f"{options} --segmentation voc2012 --img-size 48"
+    found = numbers(monkeypatch, tmp_path, voc)
     assert found["segmentation"]["images_with_objects"] == 1
     assert found["segmentation"]["img_size"] == [48, 48]
     assert "accuracy" not in found
@@ -1780,9 +1764,8 @@ def test_the_newest_checkpoint_is_that_written_last(tmp_path: Path) -> None:
 
 def test_corruption_means() -> None:
     levels = range(1, 6)
-    alexnet = {
-        n: dict.fromkeys(levels, e) for n, e in evaluation.ALEXNET_ERRORS.items()
-    }
+    errors = evaluation.ALEXNET_ERRORS
+    alexnet = {name: dict.fromkeys(levels, errors[name]) for name in errors}
     mine = {name: dict.fromkeys(levels, 50.0) for name in alexnet}
     mine["fog"] = dict(zip(levels, [10.0, 20.0, 30.0, 40.0, 100.0]))  # 40 in the mean
     mine["saturate"] = dict.fromkeys(levels, 99.0)  # in no mean

@@ -369,11 +369,9 @@ def train_one_epoch(
         if not last:
             left = (now - start) / (step + 1) * (total - epoch * steps - step - 1)
             share, left = (step + 1) / steps, timedelta(seconds=round(left))
-            line = f"{share:4.0%} of epoch {epoch + 1}/{args.epochs}  loss "
-            say(
-                f"{line}{train_loss:.3f}  entropy {train_entropy:.3f}  {left} left",
-                stays,
-            )
+            line = f"{share:4.0%} of epoch {epoch + 1}/{args.epochs}  "
+            line += f"loss {train_loss:.3f}  entropy {train_entropy:.3f}  {left} left"
+            say(line, stays)
     return {
         "epoch": epoch + 1,
         "train_loss": train_loss,
@@ -526,9 +524,8 @@ def train(args: argparse.Namespace) -> None:
     model, checkpoint = open_run(args, device, classes)
     millions = sum(parameter.numel() for parameter in model.parameters()) / 1e6
     grid, skip = "x".join(map(str, model.grid)), "kept" if args.last_skip else "removed"
-    say(
-        f"{args.model}: {millions:.2f} M parameters, {grid} patches, skip in the last block {skip}"
-    )
+    sizes = f"{millions:.2f} M parameters, {grid} patches"
+    say(f"{args.model}: {sizes}, skip in the last block {skip}")
     rule = f"{args.lr:g} * {args.global_batch} / 512 = {args.peak_lr:.3g}"
     say(f"learning rate {rule}, lambda {args.sar_lambda:g}")
     say(f"{hardware(device)}, {'bfloat16' if args.amp else 'float32'}")

@@ -185,10 +185,8 @@ def time_step(args: Namespace) -> None:
             optimizer = train.make_optimizer(model, weight_decay=0.05)
             entropy = spatial_entropy if name == "SAR" else None
             if mode == "compiled":
-                model, entropy = (
-                    torch.compile(model),
-                    entropy and torch.compile(entropy),
-                )
+                model = torch.compile(model)
+                entropy = entropy and torch.compile(entropy)
             steps[name] = partial(step, model, entropy, optimizer)
         print(mode)
         time_in_turn(steps, count, args.device, repeats=10 if args.amp else 1)

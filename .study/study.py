@@ -97,11 +97,12 @@ def measure(run: str) -> dict[str, float]:
     The attention has collapsed if the foregrounds of all heads or images are the same.
     """
     report = json.loads(Path(run, "eval.json").read_text())
-    where, ema = report["segmentation"], report["weights"] == "model_ema"
-    device = "cpu" if report["device"].startswith("cpu") else None
-    device = evaluation.choose_device(device)
-    options = Namespace(device=device, model=None, model_ema=ema)
-    trained = evaluation.load_trained(run, options)
+    where, device = report["segmentation"], report["device"]
+    args = Namespace(model=None, workers=0, batch_size=500)
+    args.device = evaluation.choose_device("cpu" if device.startswith("cpu") else None)
+    args.model_ema = report["weights"] == "model_ema"
+    args.amp = report["precision"] == "bfloat16"
+    trained = evaluation.load_trained(run, args)
     model = trained.at(tuple(where["img_size"]))
     source = where["dataset"], where["data_dir"], model.img_size, where["masks"]
     images = data.load_masks(*source)
@@ -109,11 +110,8 @@ def measure(run: str) -> dict[str, float]:
     if where["dataset"] == "folder":  # sorted by class and name: neighbors are alike
         generator = torch.Generator().manual_seed(0)
         order = torch.randperm(len(images), generator=generator).tolist()
-    shuffled = Subset(images, order)
-    loader = data.make_loader(shuffled, 500, train=False, workers=0, pin_memory=False)
-    normalize = data.normalizer(trained.mean, trained.std, device)
-    amp = report["precision"] == "bfloat16"
-    predictions = list(evaluation.predict(model, loader, normalize, device, amp))
+    images = Subset(images, order)
+    predictions = list(evaluation.predict_all(model, images, trained, args))
     other = evaluation.segment(
         ((logits, maps, masks.roll(1, 0)) for logits, maps, masks in predictions),
         evaluation.PROTOCOLS[where["protocol"]],
@@ -274,9 +272,9 @@ def compare(*words: str) -> None:
     if len(datasets) > 1:
         raise ValueError(f"the runs are of different datasets: {', '.join(datasets)}")
     print(
-        "A: mean ± standard deviation; B - A: mean difference of runs with equal seeds, ± "
+        "A: mean ± standard deviation; B - A: mean difference of runs with equal seeds,"
     )
-    print("half the width of its 95 % confidence interval, for three pairs or more")
+    print("± half the width of its 95 % confidence interval, for three pairs or more")
     print_groups("", groups, columns)
 
 
@@ -318,9 +316,9 @@ def table() -> None:
     print_groups("shapes-14x14, seeds 0 and 1", both, list(both))
 
     for measures in COMPACT:
-        columns = [
-            (name, each) for name in measures for each in measures[name].split(", ")
-        ]
+        columns = []
+        for name, several in measures.items():
+            columns += [(name, each) for each in several.split(", ")]
         rows = [["", *(f"{MEASURES[name][0]}: {each}" for name, each in columns)]]
         for setting in SETTINGS:
             if setting not in DETAILED:
