@@ -547,7 +547,7 @@ def train_transform(
 ) -> v2.Compose:
     """Augment: an image, PIL or uint8 (C, H, W), to uint8 (3, img_size, img_size).
 
-    `crop` is "resized" (a random area of 8 to 100 %, resized), "padded" (a random shift by
+    `crop` is "resized" (a random area of 8 to 100%, resized), "padded" (a random shift by
     up to an eighth of the side) or "whole". `rand_augment` is the magnitude of RandAugment
     (arXiv 1909.13719), from 1 to 10, or 0 for none. The mean color of dataset `name` fills
     what is uncovered.

@@ -589,7 +589,7 @@ def report_accuracy(args: Namespace, trained: Trained, report: dict) -> None:
     classes = match_classes(trained, dataset, args.dataset)
     say_input(f"{args.dataset}, test split, crop {crop}", model, args)
     result = evaluate(predict_all(model, dataset, trained, args), classes)
-    line = "{images} images   top-1 {acc1:.2f} %   top-5 {acc5:.2f} %   loss {loss:.4f}"
+    line = "{images} images   top-1 {acc1:.2f}%   top-5 {acc5:.2f}%   loss {loss:.4f}"
     say(line.format(**result))
     say_heads(result, "mean", 3, **ATTENTION)
     where = {"dataset": args.dataset, "img_size": model.img_size, "crop": crop}
@@ -630,7 +630,7 @@ def report_corruptions(args: Namespace, trained: Trained, report: dict) -> None:
         for name, ce in means["ce"].items():
             say_row(f"CE (%), {name}", [ce])
         over = f"{len(means['ce'])} of 15 corruptions, {len(first.classes)} classes"
-        say(f"mCE {means['mce']:.2f} %, by the errors of AlexNet, over {over}")
+        say(f"mCE {means['mce']:.2f}%, by the errors of AlexNet, over {over}")
     report["corruptions"] |= means
 
 
@@ -757,7 +757,7 @@ def make_parser() -> argparse.ArgumentParser:
     protocol = (
         "of the Jaccard index; with sar and ipvit void pixels count, ipvit keeps "
     )
-    protocol += "90 %% of the attention, not 60 [%(default)s]"
+    protocol += "90%% of the attention, not 60 [%(default)s]"
     add("--protocol", choices=PROTOCOLS, default="dino", help=protocol)
     add("--attention", type=path, metavar="FILE.png", help="draw the attention")
     add("--images", type=path, help="image or folder to draw it for [the dataset's]")

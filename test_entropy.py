@@ -1303,8 +1303,8 @@ def test_train_and_eval_from_the_shell(tmp_path: Path) -> None:
     for line, epoch in zip(lines, epochs, strict=True):
         assert f"loss {epoch['train_loss']:.3f}  " in line
         assert f"entropy {epoch['train_entropy']:.3f}  " in line
-        assert f"test {epoch['test_acc1']:.2f} %  " in line
-        assert f"EMA {epoch['test_acc1_ema']:.2f} %  " in line
+        assert f"test {epoch['test_acc1']:.2f}%  " in line
+        assert f"EMA {epoch['test_acc1_ema']:.2f}%  " in line
         assert math.isfinite(epoch["test_loss"])
         assert {"test_acc5", "test_entropy", "lr", "sar_lambda"} <= epoch.keys()
         assert epoch["images_per_second"] > 0
@@ -1313,7 +1313,7 @@ def test_train_and_eval_from_the_shell(tmp_path: Path) -> None:
 
     evaluate = output.splitlines()[-1].removeprefix("next: ")
     output = shell(evaluate)
-    assert f"top-1 {epochs[1]['test_acc1']:.2f} %" in output
+    assert f"top-1 {epochs[1]['test_acc1']:.2f}%" in output
     assert f"loss {epochs[1]['test_loss']:.4f}" in output
     assert (tmp_path / "attention.png").exists()
     output = shell(f"{train_py} --dataset imagenet --help")
@@ -1618,7 +1618,7 @@ def test_accuracy(options, names, size, tmp_path, monkeypatch, capsys) -> None:
     counts = (component_masses(maps) > 0).sum(-1).float().mean(0).tolist()
     assert found["components_per_head"] == pytest.approx(counts)
     output = capsys.readouterr().out
-    assert f"top-1 {top1:.2f} %   top-5 100.00 %   loss {found['loss']:.4f}" in output
+    assert f"top-1 {top1:.2f}%   top-5 100.00%   loss {found['loss']:.4f}" in output
     assert ("restricted to 2 of 5 classes" in output) == (len(names) == 2)
 
 
@@ -1808,7 +1808,7 @@ def test_corruptions_in_folders(tmp_path, monkeypatch, capsys, error_of) -> None
     means = evaluation.corruption_means(errors, mce=True)
     mean = f"{means['mean_error']:.2f}\n"
     assert re.search(rf"^mean error \(%\) +{mean}", output, re.MULTILINE)
-    assert f"mCE {means['mce']:.2f} %, by the errors of AlexNet, over 2 of 15" in output
+    assert f"mCE {means['mce']:.2f}%, by the errors of AlexNet, over 2 of 15" in output
     shutil.rmtree(folder / "fog" / "2")
     error = error_of(f"eval --checkpoint {tmp_path}/run.pt --device cpu {command}")
     assert "--mce needs corruptions of ImageNet-C" in error

@@ -387,9 +387,9 @@ def summary(line: dict, args: argparse.Namespace) -> str:
     text = f"epoch {line['epoch']}/{args.epochs}  loss {line['train_loss']:.3f}  "
     text += f"entropy {line['train_entropy']:.3f}  "
     if "test_acc1" in line:
-        text += f"test {line['test_acc1']:.2f} %  "
+        text += f"test {line['test_acc1']:.2f}%  "
     if "test_acc1_ema" in line:
-        text += f"EMA {line['test_acc1_ema']:.2f} %  "
+        text += f"EMA {line['test_acc1_ema']:.2f}%  "
     left = round(line["seconds"] * (args.epochs - line["epoch"]))
     return f"{text}{timedelta(seconds=left)} left"
 

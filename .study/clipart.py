@@ -6,7 +6,7 @@
 
 Drawings are put on white, padded to a square of 64 pixels, and split 80 to 20 by a hash
 of their names. A mask is where alpha is above 127. Excluded are drawings that cover less
-than 5 % or more than 90 % of the square, a few of more than 100 megapixels, the folder
+than 5% or more than 90% of the square, a few of more than 100 megapixels, the folder
 "unsorted", and subjects of which fewer than 50 drawings remain.
 """
 

@@ -8,7 +8,7 @@
     python .study/study.py table                    # the study's tables
 
 Tables have means ± standard deviations over seeds and, for B - A, the mean difference of
-runs with the same seed ± half the width of its 95 % confidence interval (Student's t).
+runs with the same seed ± half the width of its 95% confidence interval (Student's t).
 The intersection over union (IoU, or Jaccard index) of attention and objects is there if
 eval.py measured it, with --segmentation NAME --json RUN/eval.json, and then `objects`.
 """
@@ -181,13 +181,13 @@ MEASURES = {
     "iou_mean": ("IoU of S > mean, best head, %", 1),
     "iou_mean_heads": ("IoU of S > mean, mean of heads, %", 1),
     "iou_mean_object": ("IoU of S > mean, object-specific, %", 1),
-    "iou_mass": ("IoU of 60 %, best head, %", 1),
-    "iou_mass_object": ("IoU of 60 %, object-specific, %", 1),
+    "iou_mass": ("IoU of 60%, best head, %", 1),
+    "iou_mass_object": ("IoU of 60%, object-specific, %", 1),
     "foreground": ("S > mean, % of the patches", 1),
     "heads_iou": ("IoU of S > mean between heads, %", 1),
     "images_iou": ("IoU of S > mean between images, %", 1),
 }
-# 97.5 % quantiles of Student's t for 3, 4, ... pairs, rounded up. The last one is used for
+# 97.5% quantiles of Student's t for 3, 4, ... pairs, rounded up. The last one is used for
 # more than ten pairs too, which makes the interval slightly too wide.
 STUDENT = [4.3027, 3.1825, 2.7765, 2.5706, 2.4470, 2.3647, 2.3061, 2.2622]
 Group = dict[int, dict[str, float]]  # seed -> measure -> value
@@ -274,7 +274,7 @@ def compare(*words: str) -> None:
     print(
         "A: mean ± standard deviation; B - A: mean difference of runs with equal seeds,"
     )
-    print("± half the width of its 95 % confidence interval, for three pairs or more")
+    print("± half the width of its 95% confidence interval, for three pairs or more")
     print_groups("", groups, columns)
 
 
