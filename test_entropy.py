@@ -25,7 +25,7 @@ import time
 import types
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 from typing import NoReturn
@@ -91,10 +91,6 @@ def slow_spatial_entropy(similarity: torch.Tensor) -> torch.Tensor:
 # ----------------------------------------------------------- connected components
 
 
-def mask_of(text: str) -> torch.Tensor:
-    return torch.tensor([[cell == "#" for cell in row] for row in text.split()])
-
-
 def serpentine(height: int, width: int) -> torch.Tensor:
     """Full rows, joined at alternating ends."""
     mask = torch.zeros(height, width, dtype=torch.bool)
@@ -102,34 +98,6 @@ def serpentine(height: int, width: int) -> torch.Tensor:
     mask[1::4, -1] = True
     mask[3::4, 0] = True
     return mask
-
-
-def zigzag(height: int, width: int) -> torch.Tensor:
-    """A diagonal that bounces between the sides, held together by corners alone."""
-    mask = torch.zeros(height, width, dtype=torch.bool)
-    bounce = [*range(width), *range(width - 2, 0, -1)]
-    for y in range(height):
-        mask[y, bounce[y % len(bounce)]] = True
-    return mask
-
-
-MASKS = {  # name -> mask and number of components
-    "empty": (torch.zeros(5, 7, dtype=torch.bool), 0),
-    "full": (torch.ones(5, 7, dtype=torch.bool), 1),
-    "one pixel": (torch.ones(1, 1, dtype=torch.bool), 1),
-    "row": (mask_of("##.#.###"), 3),
-    "column": (mask_of("##.#.###").T, 3),
-    "checkerboard": (mask_of("#.#. .#.# #.#."), 1),
-    "diagonal touch": (mask_of("##.. ##.. ..## ..##"), 1),
-    "knight's move": (mask_of("#... ..#. #... ..#."), 4),
-    "ring and center": (mask_of("##### #...# #.#.# #...# #####"), 2),
-    "ends of rows": (mask_of("...# .... #... ...# .... #..."), 4),
-    "not square": (mask_of("#..#..#..# #..####..# ##.......#"), 3),
-}
-for height, width in ((14, 14), (30, 30), (57, 41)):
-    for shape in (serpentine, zigzag):
-        mask, name = shape(height, width), f"{shape.__name__} {height}x{width}"
-        MASKS |= {name: (mask, 1), f"{name}, turned": (mask.T.flip(0), 1)}
 
 
 def every_mask(height: int, width: int) -> torch.Tensor:
@@ -141,6 +109,12 @@ def every_mask(height: int, width: int) -> torch.Tensor:
 
 def random_masks(*shape: int, density: float = 0.5) -> torch.Tensor:
     return torch.rand(shape, generator=torch.Generator().manual_seed(0)) < density
+
+
+MASKS = [every_mask(4, 4), random_masks(200, 30, 30, density=0.41)]
+for height, width in ((14, 14), (30, 30), (57, 41)):  # the longest paths
+    mask = serpentine(height, width)
+    MASKS += [mask[None], mask.T.flip(0)[None]]
 
 
 def assert_exact(mask: torch.Tensor) -> None:
@@ -155,15 +129,15 @@ def assert_exact(mask: torch.Tensor) -> None:
     assert last.equal(slow_connected_components(mask))
 
 
-@pytest.mark.parametrize("name", MASKS)
-def test_named_masks(name: str) -> None:
-    mask, count = MASKS[name]
+def test_a_drawn_mask() -> None:
+    """Corners touch; a ring and its center, and the ends of rows, do not."""
+    rows = ("#####..#", "#...#.#.", "#.#.#...", "#...#..#", "#####...")
+    mask = torch.tensor([[cell == "#" for cell in row] for row in rows])
     assert_exact(mask)
-    labels = connected_components(mask)
-    assert len(labels[mask].unique()) == count
+    assert len(connected_components(mask)[mask].unique()) == 4
 
 
-@pytest.mark.parametrize("height, width", [(4, 4), (3, 5), (1, 12)])
+@pytest.mark.parametrize("height, width", [(1, 1), (4, 4), (3, 5), (1, 12), (12, 1)])
 def test_every_mask_of_a_small_grid(height: int, width: int) -> None:
     assert_exact(every_mask(height, width))
 
@@ -174,8 +148,7 @@ def test_random_masks(height: int, width: int) -> None:
     for density in (0.2, 0.41, 0.6):
         masks = random_masks(3, 40, height, width, density=density)
         assert_exact(masks)
-        turned = masks.permute(1, 0, 3, 2)  # not contiguous
-        assert_exact(turned)
+        assert_exact(masks.permute(1, 0, 3, 2))  # not contiguous
 
 
 def test_large_masks() -> None:
@@ -188,15 +161,10 @@ def test_large_masks() -> None:
 
 def test_the_bound_suffices() -> None:
     """Without an early exit, as on a GPU, the labels are the same."""
-    batches = [mask[None] for mask, _ in MASKS.values()]
-    for masks in (*batches, every_mask(4, 4), random_masks(200, 30, 30, density=0.41)):
+    for masks in MASKS:
+        assert_exact(masks)
         early = _label(masks, stop_early=True)
         assert _label(masks, stop_early=False).equal(early)
-
-
-@pytest.mark.parametrize("shape", [(0, 4, 4), (2, 0, 3), (2, 3, 0)])
-def test_no_pixels(shape: tuple[int, ...]) -> None:
-    assert connected_components(torch.zeros(shape, dtype=torch.bool)).shape == shape
 
 
 # --------------------------------------------------------------- spatial entropy
@@ -225,9 +193,8 @@ def test_closed_forms() -> None:
     for blobs in (1, 2, 3, 8):  # of equal mass
         similarity = torch.zeros(4, 3 * blobs)
         similarity[1:3, ::3] = 1.0
-        torch.testing.assert_close(
-            spatial_entropy(similarity), torch.tensor(math.log(blobs))
-        )
+        expected = torch.tensor(math.log(blobs))
+        torch.testing.assert_close(spatial_entropy(similarity), expected)
     similarity = torch.tensor([[8.0, 0, 4, 0, 0, 0]])  # mean 2
     assert component_masses(similarity).tolist() == [0, 6, 2, 0]
     expected = torch.tensor(-0.75 * math.log(0.75) - 0.25 * math.log(0.25))
@@ -243,19 +210,6 @@ def test_masses_belong_to_labels() -> None:
     for label in range(masses.shape[-1]):
         expected = (activation * (labels == label)).sum((-2, -1))
         torch.testing.assert_close(masses[..., label], expected)
-    for mask, count in MASKS.values():  # a full mask would be a constant map
-        if not mask.all():
-            masses = component_masses(mask.float().expand(2, 3, -1, -1))
-            assert (masses > 0).sum(-1).tolist() == [[count] * 3] * 2
-
-
-def test_gradient() -> None:
-    similarity = random_maps(2, 2, 4, 5, dtype=torch.float64)
-    distance = similarity - similarity.mean((-2, -1), keepdim=True)
-    assert distance.abs().min() > 1e-3  # gradcheck's steps do not cross the threshold
-    similarity.requires_grad_()
-    assert torch.autograd.gradcheck(lambda s: spatial_entropy(s, "none"), similarity)
-    assert torch.autograd.gradcheck(component_masses, similarity)
 
 
 @pytest.mark.parametrize("value", [0.0, 0.1, -3.3, 1e4, 1e-6])
@@ -284,9 +238,6 @@ def test_tiny_and_huge_masses() -> None:
         assert similarity.grad.isfinite().all()
         if tiny > torch.finfo(torch.float32).tiny:
             torch.testing.assert_close(similarity.grad.double(), exact.grad)
-    # Sums that overflow float32 give NaN: of S, and of A.
-    assert spatial_entropy(torch.tensor([[0, 2e38, 0, 2e38, 2e38]])).isnan()
-    assert spatial_entropy(torch.tensor([[0, 2e38, -2e38, 2e38, -2e38]])).isnan()
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
@@ -294,9 +245,7 @@ def test_non_finite_scores_give_nan(value: float) -> None:
     for pixel in ((0, 0), (2, 3)):
         similarity = random_maps(2, 5, 5)
         similarity[0][pixel] = value
-        entropy = spatial_entropy(similarity, "none")
-        assert entropy.isnan().tolist() == [True, False]
-        assert spatial_entropy(similarity).isnan()
+        assert spatial_entropy(similarity, "none").isnan().tolist() == [True, False]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -305,7 +254,6 @@ def test_low_precision_is_computed_in_float32(dtype: torch.dtype) -> None:
     expected = spatial_entropy(similarity.float())
     with torch.autocast("cpu", torch.bfloat16):
         entropy = spatial_entropy(similarity)
-    assert entropy.dtype == torch.float32
     assert entropy.equal(expected)
     assert spatial_entropy(similarity.double()).dtype == torch.float64
 
@@ -384,9 +332,8 @@ def test_cuda_does_not_wait_for_the_device(compile_whole, mode: str) -> None:
 
 
 @needs_cuda
-def test_cuda_labels_every_named_mask() -> None:
-    batch = random_masks(3, 40, 31, 30, density=0.41)
-    for mask in (batch, *(mask for mask, _ in MASKS.values())):
+def test_cuda_labels_every_mask() -> None:
+    for mask in MASKS:
         assert connected_components(mask.cuda()).cpu().equal(connected_components(mask))
 
 
@@ -450,25 +397,17 @@ def skip_without_project(request: pytest.FixtureRequest) -> None:
         pytest.skip("entropy.py was copied alone")
 
 
+SHAPE = {"patch_size": 8, "num_classes": 5, "embed_dim": 32, "depth": 3, "num_heads": 2}
+
+
 def small_model(seed: int = 0, **options):
     """3x5 patches, 2 heads, 3 blocks; weights so large that each affects the output."""
-    sizes = {"img_size": (24, 40), "patch_size": 8, "num_classes": 5}
-    sizes |= {"embed_dim": 32, "depth": 3, "num_heads": 2}
     torch.manual_seed(seed)
-    model = vit.VisionTransformer(**(sizes | options)).eval()
+    options = {"img_size": (24, 40)} | SHAPE | options
+    model = vit.VisionTransformer(**options).eval()
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
     return model
-
-
-def last_block(model, images: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """Tokens that enter the last block, (B, N, D), and q, k, v, each (B, h, N, d)."""
-    seen, block = [], model.blocks[-1]
-    hook = block.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
-    model(images)
-    hook.remove()
-    qkv = block.attn.qkv(block.norm1(seen[0])).unflatten(-1, (3, 2, 16))
-    return seen[0], *qkv.permute(2, 0, 3, 1, 4)
 
 
 @pytest.mark.parametrize("pool", ["cls", "mean"])
@@ -476,9 +415,12 @@ def last_block(model, images: torch.Tensor) -> tuple[torch.Tensor, ...]:
 def test_last_block_equals_the_full_block(last_skip: bool, pool: str) -> None:
     """Written out for all tokens: logits, similarity, and every parameter is trained."""
     model = small_model(last_skip=last_skip, pool=pool, in_chans=1).double()
-    images = torch.randn(2, 1, 24, 40, dtype=torch.float64)
-    tokens, q, k, v = last_block(model, images)
-    block = model.blocks[-1]
+    block, entered = model.blocks[-1], []
+    block.register_forward_pre_hook(lambda _, inputs: entered.extend(inputs))
+    logits, similarity = model(torch.randn(2, 1, 24, 40, dtype=torch.float64))
+    (tokens,) = entered  # (B, N, D)
+    qkv = block.attn.qkv(block.norm1(tokens)).unflatten(-1, (3, 2, 16))
+    q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, h, N, d)
     scores = q @ k.transpose(-2, -1) / 4  # sqrt(d) = 4
     attended = block.attn.proj((scores.softmax(-1) @ v).transpose(1, 2).flatten(2))
     torch.testing.assert_close(attended, block.attn(block.norm1(tokens)))  # fused
@@ -486,7 +428,6 @@ def test_last_block_equals_the_full_block(last_skip: bool, pool: str) -> None:
     full = model.norm(attended + block.mlp(block.norm2(attended)))
     pooled = full[:, 0] if pool == "cls" else full.mean(1)
     rows = scores[:, :, 0, 1:] if pool == "cls" else scores.mean(2)
-    logits, similarity = model(images)
     torch.testing.assert_close(logits, model.head(pooled))
     torch.testing.assert_close(similarity, rows.view(2, 2, 3, 5))
     (logits.sum() + spatial_entropy(similarity)).backward()
@@ -497,10 +438,8 @@ def test_drop_path_drops_whole_images() -> None:
     """At a rate that rises with depth; a branch without a skip is never dropped."""
     model = small_model(drop_path=0.5).train()
     assert [block.drop_path for block in model.blocks] == [0, 0.25, 0.5]
-    dropped = model.blocks[-1].drop(torch.ones(100, 3, 4))
-    rows = dropped[:, 0, 0]
-    assert dropped.equal(rows[:, None, None].expand(-1, 3, 4))
-    assert set(rows.tolist()) == {0.0, 2.0}
+    rows = model.blocks[-1].drop(torch.ones(100, 3, 4)).flatten(1)
+    assert {tuple(row) for row in rows.tolist()} == {(0.0,) * 12, (2.0,) * 12}
     x = torch.randn(2, 16, 32)
     for last_skip in (True, False):
         *blocks, last = small_model(last_skip=last_skip).train().blocks
@@ -546,17 +485,12 @@ def test_same_names_and_logits_as_timm() -> None:
 
 
 def test_parameter_names() -> None:
-    """Those of timm, DeiT and DINO; without the last skip no second LayerNorm."""
+    """Those of timm, DeiT and DINO."""
     block = ("norm1", "attn.qkv", "attn.proj", "norm2", "mlp.fc1", "mlp.fc2")
-    layers = [f"blocks.{i}.{layer}" for i in range(12) for layer in block]
+    layers = [f"blocks.{i}.{layer}" for i in range(3) for layer in block]
     layers += ["patch_embed.proj", "norm", "head"]
     names = {f"{layer}.{kind}" for layer in layers for kind in ("weight", "bias")}
-    with torch.device("meta"):
-        model = vit.VisionTransformer(**vit.MODELS["vit_small"])
-        sar = vit.VisionTransformer(**vit.MODELS["vit_small"], last_skip=False)
-    assert model.state_dict().keys() == names | {"cls_token", "pos_embed"}
-    lost = {"blocks.11.norm2.weight", "blocks.11.norm2.bias"}
-    assert model.state_dict().keys() - sar.state_dict().keys() == lost
+    assert small_model().state_dict().keys() == names | {"cls_token", "pos_embed"}
 
 
 @pytest.mark.parametrize("pool", ["cls", "mean"])
@@ -590,10 +524,7 @@ def test_weights_are_found(tmp_path: Path) -> None:
         {"model": right, "model_ema": wrong, "epoch": 3},
         {"state_dict_ema": wrong, "state_dict": behind("model.", right) | other},
         behind("module._orig_mod.", right),
-        {
-            "student": behind("module.backbone.", wrong) | other,
-            "teacher": behind("backbone.", right) | other,
-        },
+        {"student": wrong, "teacher": behind("backbone.", right) | other},
     ):
         torch.save(checkpoint, file)
         model = small_model(seed=1)
@@ -603,8 +534,6 @@ def test_weights_are_found(tmp_path: Path) -> None:
     checkpoint = {"model": wrong, "model_ema": right}
     found = vit.find_weights(checkpoint, "it", ema=True)
     assert found["pos_embed"].equal(right["pos_embed"])
-    with pytest.raises(ValueError, match="it has no EMA weights"):
-        vit.find_weights({"model": right}, "it", ema=True)
 
 
 def test_what_is_loaded_is_said() -> None:
@@ -621,13 +550,6 @@ def test_what_is_loaded_is_said() -> None:
     assert report.endswith("; not used: head.weight, head.bias")
     report = vit.load_weights(small_model(pool="mean"), state)
     assert report.endswith("; not used: cls_token")
-    # DeiT's distillation token has a position of its own, after that of the CLS token.
-    first, patches = state["pos_embed"].split((1, 15), dim=1)
-    distilled = torch.cat((first, torch.ones(1, 1, 32), patches), dim=1)
-    state |= {"pos_embed": distilled, "dist_token": torch.ones(1, 1, 32)}
-    model = small_model(seed=1)
-    assert "not used: dist_token" in vit.load_weights(model, state)
-    assert model.pos_embed.equal(torch.cat((first, patches), dim=1))
 
 
 def test_load_weights_refuses_what_does_not_fit() -> None:
@@ -672,10 +594,8 @@ def miniatures(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "scipy.io", scipy)
     monkeypatch.setattr(urllib.request, "urlopen", no_network)
     for reader in ("cifar", "svhn", "flowers102"):
-        module = importlib.import_module(f"torchvision.datasets.{reader}")
-        monkeypatch.setattr(
-            module, "check_integrity", lambda path, md5=None: os.path.isfile(path)
-        )
+        checked = f"torchvision.datasets.{reader}.check_integrity"
+        monkeypatch.setattr(checked, lambda path, md5=None: os.path.isfile(path))
 
 
 def no_network(*_, **__) -> NoReturn:
@@ -684,9 +604,8 @@ def no_network(*_, **__) -> NoReturn:
 
 def write_cifar100(folder: Path) -> None:
     inside = folder / "cifar-100-python"
-    inside.mkdir(parents=True)
-    pixels = torch.randint(256, (8, 3 * 32 * 32), dtype=torch.uint8).numpy()
-    part = {"data": pixels, "fine_labels": [*range(0, 80, 10)]}
+    inside.mkdir()
+    part = {"data": numpy.zeros((8, 3072), "uint8"), "fine_labels": [*range(0, 80, 10)]}
     meta = {"fine_label_names": [f"class {n}" for n in range(100)]}
     for name, content in {"train": part, "test": part, "meta": meta}.items():
         (inside / name).write_bytes(pickle.dumps(content))
@@ -699,20 +618,17 @@ def write_fashion_mnist(folder: Path) -> None:
     for split, count in (("train", 20), ("t10k", 10)):
         images = torch.randint(256, (count, 28, 28), dtype=torch.uint8)
         labels = torch.arange(count, dtype=torch.uint8) % 10
-        for kind, magic, array in (
-            ("images-idx3", 2051, images),
-            ("labels-idx1", 2049, labels),
-        ):
-            header = b"".join(n.to_bytes(4, "big") for n in (magic, *array.shape))
-            file = raw / f"{split}-{kind}-ubyte"
-            file.write_bytes(header + array.numpy().tobytes())
+        for kind, array in (("images-idx3", images), ("labels-idx1", labels)):
+            sizes = numpy.array(array.shape, ">i4").tobytes()
+            content = bytes([0, 0, 8, array.ndim]) + sizes + array.numpy().tobytes()
+            (raw / f"{split}-{kind}-ubyte").write_bytes(content)
 
 
 def write_images(folder: Path, names: Iterable[str]) -> None:
     for name in names:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        image = v2.functional.to_pil_image(torch.rand(3, 40, 60))
-        image.save(folder / name)
+        pixels = F.interpolate(torch.rand(1, 3, 4, 6), (40, 60))[0]
+        v2.functional.to_pil_image(pixels).save(folder / name)
 
 
 def write_mask(path: Path, mask: torch.Tensor) -> None:
@@ -720,7 +636,6 @@ def write_mask(path: Path, mask: torch.Tensor) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     image = v2.functional.to_pil_image(mask.to(torch.uint8)[None])
     image.putpalette([37 * n % 256 for n in range(768)])
-    assert image.mode == "P"
     image.save(path)
 
 
@@ -736,14 +651,10 @@ def write_voc2012(folder: Path) -> None:
         write_mask(inside / "SegmentationClass" / f"{name}.png", mask)
     lists = inside / "ImageSets" / "Segmentation"
     lists.mkdir(parents=True)
-    (lists / "val.txt").write_text("".join(f"{name}\n" for name in names))
+    (lists / "val.txt").write_text("\n".join(names))
 
 
-def write_folder(
-    folder: Path,
-    classes: Sequence[str] = ("cat", "dog"),
-    splits: tuple[str, str] = ("train", "val"),
-) -> None:
+def write_folder(folder: Path, classes=("cat", "dog"), splits=("train", "val")) -> None:
     for part, count in zip(splits, (6, 2)):
         for name in classes:
             write_images(folder, (f"{part}/{name}/{i}.png" for i in range(count)))
@@ -752,46 +663,42 @@ def write_folder(
 def write_masked_folder(folder: Path) -> None:
     """Images in val/, and masks of several modes in masks/: 600, 400, 200, 0 pixels."""
     write_folder(folder)
+    shutil.copytree(folder / "val", folder / "masks")
+    files = data.list_images(folder / "masks")
     for n, mode in enumerate(("RGB", "1", "RGBA", "LA")):
         mask = torch.zeros(3, 40, 60, dtype=torch.uint8)
         mask[: 2 * n + 1, 10:30, 10 * n : 30] = 255 if n else 1
-        file = Path(data.list_images(folder / "val")[n])
-        path = folder / "masks" / file.relative_to(folder / "val")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        v2.functional.to_pil_image(mask).convert(mode).save(path)
+        v2.functional.to_pil_image(mask).convert(mode).save(files[n])
 
 
 def write_svhn(folder: Path) -> None:
     for split, count in (("train", 9), ("test", 5)):
-        labels = numpy.arange(1, count + 1)[:, None]
-        labels[-1] = 10  # the digit 0
-        pixels = torch.randint(256, (32, 32, 3, count), dtype=torch.uint8).numpy()
+        labels = numpy.array([*range(1, count), 10])[:, None]  # 10 is the digit 0
+        pixels = numpy.zeros((32, 32, 3, count), "uint8")
+        pixels[:16] = 255  # white above, black below
         with open(folder / f"{split}_32x32.mat", "wb") as file:
             numpy.savez(file, X=pixels, y=labels)
 
 
 def write_flowers102(folder: Path) -> None:
     inside = folder / "flowers-102"
-    write_images(inside, (f"jpg/image_{n:05}.jpg" for n in range(1, 13)))
-    ids = numpy.array([3, 1, 2, 12, 11, 10, 4, 5, 6, 9, 8, 7])
+    write_images(inside, (f"jpg/image_{n:05}.jpg" for n in range(1, 6)))
     with open(inside / "setid.mat", "wb") as file:
-        numpy.savez(file, trnid=ids[:3], valid=ids[3:7], tstid=ids[7:])
+        numpy.savez(file, trnid=[3, 1], valid=[5], tstid=[4, 2])
     with open(inside / "imagelabels.mat", "wb") as file:
-        numpy.savez(file, labels=numpy.arange(91, 103))
+        numpy.savez(file, labels=numpy.arange(91, 96))
 
 
 def write_pets(folder: Path) -> None:
     inside = folder / "oxford-iiit-pet"
-    (inside / "annotations").mkdir(parents=True)
-    for split, count in (("trainval", 3), ("test", 2)):
-        kinds = ("Abyssinian", "yorkshire_terrier")
-        names = [f"{n}_{i}" for n in kinds for i in range(count)]
-        write_images(inside / "images", (f"{name}.jpg" for name in names))
-        for name in names:  # of pixels 1 is pet, 2 background, 3 border
-            trimap = torch.full((40, 60), 2)
-            trimap[10:20, 10:30], trimap[12:20, 12:28] = 3, 1
-            write_mask(inside / "annotations" / "trimaps" / f"{name}.png", trimap)
-        lines = [f"{name} {1 + (i >= count)} 1 1\n" for i, name in enumerate(names)]
+    trimap = torch.full((40, 60), 2)  # of pixels 1 is pet, 2 background, 3 border
+    trimap[10:20, 10:30], trimap[12:20, 12:28] = 3, 1
+    names = [f"{kind}_{i}" for kind in ("Abyssinian", "pug") for i in range(3)]
+    write_images(inside / "images", (f"{name}.jpg" for name in names))
+    for name in names:
+        write_mask(inside / "annotations" / "trimaps" / f"{name}.png", trimap)
+    for split, some in (("trainval", names), ("test", names[1:5])):
+        lines = [f"{name} {1 + ('pug' in name)} 1 1\n" for name in some]
         (inside / "annotations" / f"{split}.txt").write_text("".join(lines))
 
 
@@ -804,7 +711,6 @@ def write_domainnet(folder: Path) -> None:
         (folder / f"sketch_{split}.txt").write_text("".join([*lines, "\n"]))
 
 
-CATS_AND_DOGS = ([0] * 6 + [1] * 6, [0, 0, 1, 1])
 INATURALIST = partial(write_folder, splits=("2021_train", "2021_valid"))
 
 
@@ -814,47 +720,37 @@ INATURALIST = partial(write_folder, splits=("2021_train", "2021_valid"))
         ("cifar100", write_cifar100, 100, 2 * [[*range(0, 80, 10)]]),
         ("svhn", write_svhn, 10, [[*range(1, 9), 0], [1, 2, 3, 4, 0]]),
         ("fashion-mnist", write_fashion_mnist, 10, [2 * [*range(10)], [*range(10)]]),
-        (  # images 3, 1, 2 of train and 12, 11, 10, 4 of val
-            "flowers102",
-            write_flowers102,
-            102,
-            [[92, 90, 91, 101, 100, 99, 93], [94, 95, 98, 97, 96]],
-        ),
+        ("flowers102", write_flowers102, 102, [[92, 90, 94], [93, 91]]),
         ("pets", write_pets, 2, [[0, 0, 0, 1, 1, 1], [0, 0, 1, 1]]),
-        ("inaturalist", INATURALIST, 2, CATS_AND_DOGS),
+        ("inaturalist", INATURALIST, 2, [[0] * 6 + [1] * 6, [0, 0, 1, 1]]),
         ("domainnet-sketch", write_domainnet, 2, [[1, 1, 1, 0, 0, 0], [1, 0]]),
-        ("folder", write_folder, 2, CATS_AND_DOGS),
     ],
 )
-def test_datasets(name, write, classes, labels, tmp_path, miniatures) -> None:
+def test_datasets(name, write, classes, labels, tmp_path, miniatures, monkeypatch):
     """A miniature in the layout of the original, from the files to normalized batches."""
     write(tmp_path)
     source = data.DATASETS[name]
-    options = {"crop": "resized", "rand_augment": 9, "reprob": 1.0}
-    augment = data.train_transform(name, 48, **options)
-    plain = data.test_transform(48, crop="resized")
-    for split, transform, expected in zip(("train", "test"), (augment, plain), labels):
-        dataset = data.load_dataset(name, tmp_path, split, transform)
-        assert dataset.targets.tolist() == expected
-        assert len(dataset) == len(dataset.images)
+    augment = data.train_transform(name, 48, crop="resized", rand_augment=9, reprob=1.0)
+    for split, expected in zip(("train", "test"), labels):
+        dataset = data.load_dataset(name, tmp_path, split, augment)
+        assert len(dataset.images) == len(expected)
         assert len(set(dataset.classes)) == len(dataset.classes) == classes
         if name == "domainnet-sketch":
             assert dataset.classes == ["ant", "owl"]
+        if name == "svhn":
+            assert all(image[:16].all() for image in dataset.images)
         options = {"train": False, "workers": 0, "pin_memory": False}
         ((images, got),) = data.make_loader(dataset, len(dataset), **options)
         assert got.tolist() == expected
         assert images.dtype == torch.uint8
         assert images.shape == (len(got), 3, 48, 48)
-        normalize = data.normalizer(source.mean, source.std, torch.device("cpu"))
+        normalize = data.normalizer(source.mean, source.std, CPU)
         mean, std = (torch.tensor(x).view(3, 1, 1) for x in (source.mean, source.std))
         torch.testing.assert_close(normalize(images), (images / 255 - mean) / std)
-
-
-def test_a_missing_scipy_is_named(tmp_path, miniatures, monkeypatch) -> None:
-    write_svhn(tmp_path)
-    monkeypatch.setitem(sys.modules, "scipy.io", None)
-    with pytest.raises(ValueError, match="svhn .*: pip install scipy$"):
-        data.load_dataset("svhn", tmp_path, "train", None)
+    if name in ("svhn", "flowers102"):
+        monkeypatch.setitem(sys.modules, "scipy.io", None)
+        with pytest.raises(ValueError, match=f"{name} .*: pip install scipy$"):
+            data.load_dataset(name, tmp_path, "train", None)
 
 
 def test_images_are_read_as_people_see_them(tmp_path: Path) -> None:
@@ -866,9 +762,8 @@ def test_images_are_read_as_people_see_them(tmp_path: Path) -> None:
 
     gray = numpy.array([[0, 1, 100, 200, 255]])
     deep = Image.fromarray((257 * gray + [[0, -99, 99, 50, 0]]).astype(numpy.uint16))
-    expected = [[[v, v, v] for v in gray[0].tolist()]]
     for suffix in ("png", "tif", "pgm"):
-        assert read(deep, suffix) == expected
+        assert read(deep, suffix) == [[[v] * 3 for v in gray[0].tolist()]]
     for scale in (numpy.float32, numpy.int32):
         with pytest.raises(OSError, match="image.tif cannot be read.*no known scale"):
             read(Image.fromarray((1000 * gray).astype(scale)), "tif")
@@ -877,28 +772,13 @@ def test_images_are_read_as_people_see_them(tmp_path: Path) -> None:
     photo.paste("red", (0, 0, 1, 3))  # the left column
     exif = Image.Exif()
     exif[0x0112] = 6  # the camera was turned: the left column is the top row
-    for suffix in ("png", "tif", "webp"):
-        options = {"lossless": True} if suffix == "webp" else {}
-        upright = numpy.array(read(photo, suffix, exif=exif, **options))
-        assert upright.shape == (4, 3, 3)
-        assert (upright[0] == [255, 0, 0]).all()
-        assert (upright[1:] == 0).all()
+    assert read(photo, exif=exif) == [[[255, 0, 0]] * 3, *[[[0] * 3] * 3] * 3]
 
     # Black, opaque and half transparent and transparent; then green.
     art = [(0, 0, 0, 255), (0, 0, 0, 128), (0, 0, 0, 0), (0, 200, 0, 255)]
-    rgba = Image.new("RGBA", (4, 1))
-    rgba.putdata(art)
+    rgba = Image.fromarray(numpy.array([art], numpy.uint8))
     assert read(rgba) == [[[0] * 3, [127] * 3, [255] * 3, [0, 200, 0]]]
-    assert read(rgba.convert("LA"))[0][:3] == [[0] * 3, [127] * 3, [255] * 3]
-    palette = Image.new("P", (2, 1))
-    palette.putpalette([0, 0, 0, 9, 9, 9])
-    palette.putdata([0, 1])
-    assert read(palette, transparency=0) == [[[255] * 3, [9] * 3]]
     assert read(Image.new("L", (1, 1), 7), transparency=7) == [[[255] * 3]]
-
-    (tmp_path / "broken.png").write_text("no image")
-    with pytest.raises(OSError, match="broken.png cannot be read"):
-        data.open_image(tmp_path / "broken.png")
 
 
 def test_class_folders(tmp_path: Path) -> None:
@@ -970,85 +850,67 @@ def test_balanced_subset() -> None:
     assert counts(45) == [20, 20, 5]
     assert counts(85) == [50, 30, 5]
     assert subset(9) == sorted(subset(9)) != subset(9, seed=1)
-    with pytest.raises(ValueError, match="--train-size 86 exceeds the 85 training"):
-        subset(86)
 
 
 def test_transforms() -> None:
-    """The pixels of direct calls of torchvision."""
-    functional, bicubic = v2.functional, v2.InterpolationMode.BICUBIC
-    image = functional.to_pil_image(torch.rand(3, 50, 70))
-    whole = functional.resize(image, [28, 28], bicubic)
-    covered = functional.resize(image, [32], bicubic)
-    for crop, expected in (
-        ("resized", functional.center_crop(covered, [28])),
-        ("whole", whole),
-        ("padded", whole),
-    ):
-        got = data.test_transform(28, crop=crop)(image)
-        assert got.equal(functional.pil_to_tensor(expected))
+    """The pixels of torchvision's transforms with these arguments."""
+    image = v2.functional.to_pil_image(torch.rand(3, 50, 70))
+    modes, fill = v2.InterpolationMode, [124, 116, 104]
+    whole, flip = v2.Resize((28, 28), modes.BICUBIC), v2.RandomHorizontalFlip()
+    covered, center = v2.Resize(32, modes.BICUBIC), v2.CenterCrop(28)
+    area = v2.RandomResizedCrop(28, interpolation=modes.BICUBIC)
+    shift = v2.RandomCrop(28, padding=3, fill=fill)
+    # Each of two operations of RandAugment is skipped at even odds.
+    half = v2.RandomApply([v2.RandAugment(1, 9, 11, modes.BILINEAR, fill)], p=0.5)
 
-    def draw(seed: int, transform: Callable) -> torch.Tensor:
+    def draw(seed: int, *steps: Callable) -> torch.Tensor:
         torch.manual_seed(seed)
-        return transform(image)
+        return v2.Compose(steps)(image)
 
     def augment(crop: str, rand_augment: int = 0, reprob: float = 0.0) -> v2.Compose:
         options = {"crop": crop, "rand_augment": rand_augment, "reprob": reprob}
         return data.train_transform("cifar10", 28, **options)
 
-    resize = v2.Resize((28, 28), bicubic)
-    shift = v2.RandomCrop(28, padding=3, fill=[124, 116, 104])
-    for crop, steps in {
-        "resized": [v2.RandomResizedCrop(28, interpolation=bicubic)],
-        "padded": [resize, shift],
-        "whole": [resize],
-    }.items():
-        plain = v2.Compose([*steps, v2.RandomHorizontalFlip(), v2.PILToTensor()])
+    for transform, *steps in (
+        (data.test_transform(28, crop="resized"), covered, center),
+        (data.test_transform(28, crop="padded"), whole),
+        (augment("resized"), area, flip),
+        (augment("padded"), whole, shift, flip),
+        (augment("whole"), whole, flip),
+        (augment("whole", rand_augment=9), whole, flip, half, half),
+    ):
         for seed in range(9):
-            assert draw(seed, augment(crop)).equal(draw(seed, plain))
-    # Each of two operations of RandAugment is skipped at even odds.
-    steps = augment("whole", rand_augment=9).transforms
-    halves = [step for step in steps if isinstance(step, v2.RandomApply)]
-    assert [half.p for half in halves] == [0.5, 0.5]
-    for operation in (half.transforms[0] for half in halves):
-        assert (operation.num_ops, operation.magnitude) == (1, 9)
-        assert operation.num_magnitude_bins == 11
+            expected = draw(seed, *steps, v2.PILToTensor())
+            assert draw(seed, transform).equal(expected)
     # What is erased gets noise that is standard normal, once normalized.
     image = Image.new("RGB", (28, 28), "lime")
-    erase = augment("whole", reprob=1.0)
-    erased = torch.stack([draw(seed, erase) for seed in range(50)])
-    source = data.DATASETS["cifar10"]
-    normalize = data.normalizer(source.mean, source.std, torch.device("cpu"))
+    erased = torch.stack([draw(n, augment("whole", reprob=1.0)) for n in range(50)])
+    normalize = data.normalizer(data.IMAGENET_MEAN, data.IMAGENET_STD, CPU)
     noise = normalize(erased)[:, 2][erased[:, 1] != 255]
     assert len(noise) > 1000
     assert abs(noise.mean()) < 0.2
     assert 0.8 < noise.std() < 1.1
 
 
-def test_loaders(tmp_path: Path) -> None:
+def test_loaders() -> None:
     """Every epoch and item from its own seed; each process has its share."""
-    write_fashion_mnist(tmp_path)
     options = {"crop": "padded", "rand_augment": 9, "reprob": 0.5}
-    augment = data.train_transform("fashion-mnist", 28, **options)
-    dataset = data.load_dataset("fashion-mnist", tmp_path, "train", augment)
-    dataset.targets = torch.arange(20)
+    augment = data.train_transform("cifar10", 28, **options)
+    pixels = torch.randint(256, (20, 3, 28, 28), dtype=torch.uint8)
+    dataset = data.Images(pixels, torch.arange(20), [], augment)
 
-    def load(train: bool, seed: int = 1, workers: int = 0, **share) -> tuple:
+    def load(train: bool, seed: int = 1, **share) -> tuple:
         """Images, by batches, and labels."""
-        options = {"workers": workers, "pin_memory": False, **share}
+        options = {"workers": 0, "pin_memory": False, **share}
         loader = data.make_loader(dataset, 3, train=train, **options)
         if train:
             loader.sampler.epoch_seed = seed
         state = torch.get_rng_state()
         images, labels = zip(*loader)
         assert not train or torch.get_rng_state().equal(state)
-        assert len(images) == len(loader)
         return images, torch.cat(labels).tolist()
 
     images, labels = load(True)
-    again, same = load(True, workers=2)
-    assert labels == same
-    assert torch.cat(images).equal(torch.cat(again))
     later, order = load(True, seed=2)
     assert order != labels
     later = dict(zip(order, torch.cat(later)))  # the same item is augmented anew
@@ -1075,7 +937,6 @@ def test_loaders(tmp_path: Path) -> None:
         ("pets", write_pets, 4, (40, 60)),
         ("folder", write_masked_folder, 4, (40, 60)),
         ("fashion-mnist", write_fashion_mnist, 10, (28, 28)),
-        ("shapes", lambda folder: None, 2000, (56, 56)),
     ],
 )
 def test_masks(name, write, count, size, tmp_path, monkeypatch) -> None:
@@ -1098,8 +959,6 @@ def test_masks(name, write, count, size, tmp_path, monkeypatch) -> None:
         write_mask(tmp_path / "masks" / "cat" / "1.png", torch.ones(60, 40))
         with pytest.raises(ValueError, match="1.png and its image differ in size"):
             masked[1]
-    elif name == "shapes":
-        assert mask.bool().equal(data.make_shapes("test")[1][0])
     else:
         assert mask.bool().equal(image[0] > 0)
     half = (size[0] // 2, size[1] // 2)
@@ -1233,18 +1092,6 @@ def test_settings() -> None:
     assert small.crop == "padded"
     args = train.parse_args(["--dataset", "pets", "--finetune", __file__])
     assert args.warmup_epochs == 3
-    home = train.parse_args(["--output-dir=~/x"])
-    assert home.output_dir == str(Path("~/x").expanduser())
-
-
-def test_weight_decay_is_of_weight_matrices_alone() -> None:
-    model = small_model()
-    decayed, kept = train.make_optimizer(model, 0.05).param_groups
-    assert (decayed["weight_decay"], kept["weight_decay"]) == (0.05, 0.0)
-    ids = {id(parameter) for parameter in decayed["params"]}
-    for name, parameter in model.named_parameters():
-        matrix = name.endswith("weight") and "norm" not in name
-        assert (id(parameter) in ids) == matrix
 
 
 def test_the_loop_uses_every_setting(tiny, monkeypatch) -> None:
@@ -1257,10 +1104,10 @@ def test_the_loop_uses_every_setting(tiny, monkeypatch) -> None:
 
     monkeypatch.setattr(train, "losses", spy)
     options = "--epochs 1 --batch-size 10 --model-ema-decay 0.9 --weight-decay 0.3 "
-    code, saved = tiny(f"{options} --sar-lambda 0.3 --clip-grad 1e-9 --amp")
+    code, saved = tiny(f"{options} --lr 0.512 --sar-lambda 0.3 --clip-grad 1e-9 --amp")
     assert code == 0
     args = argparse.Namespace(**saved["settings"])
-    assert args.peak_lr == 5e-4 * 10 / 512
+    assert args.peak_lr == 0.512 * 10 / 512
     rates = [train.rates(step, 2, args) for step in range(2)]
     assert [sar_lambda for *_, sar_lambda in seen] == [each[1] for each in rates]
     assert not seen[0][0].equal(seen[1][0])
@@ -1268,9 +1115,11 @@ def test_the_loop_uses_every_setting(tiny, monkeypatch) -> None:
     decayed, kept = saved["optimizer"]["param_groups"]
     assert (decayed["weight_decay"], kept["weight_decay"]) == (0.3, 0)
     assert decayed["lr"] == kept["lr"] == rates[1][0]
+    state = saved["optimizer"]["state"]
+    assert {state[n]["exp_avg"].ndim for n in decayed["params"]} == {2, 4}
+    assert {state[n]["exp_avg"].ndim for n in kept["params"]} == {1, 3}  # also tokens
     # The gradient was clipped: of its squares AdamW keeps a thousandth per step.
-    state = saved["optimizer"]["state"].values()
-    squares = sum(each["exp_avg_sq"].sum() for each in state)
+    squares = sum(each["exp_avg_sq"].sum() for each in state.values())
     assert 1e-21 < squares < 2.1e-21
     # The average of three sets of weights: at the start, after one step and after two. The
     # first step has lr 1e-6, so its weights are about those at the start.
@@ -1293,22 +1142,17 @@ def test_train_and_eval_from_the_shell(tmp_path: Path) -> None:
 
     train_py = f"python {HERE / 'train.py'}"
     output = shell(f"{train_py} {TINY} --output-dir './my run $(ls) ~'")
-    assert "\r" not in output
     assert all(len(line) <= 100 for line in output.splitlines())
     lines = [line for line in output.splitlines() if line.startswith("epoch ")]
     folder = tmp_path / "my run $(ls) ~"
-    header, *epochs = map(json.loads, (folder / "log.jsonl").read_text().splitlines())
-    assert header["last_skip"] is False
+    _, *epochs = map(json.loads, (folder / "log.jsonl").read_text().splitlines())
     assert [epoch["epoch"] for epoch in epochs] == [1, 2]
     for line, epoch in zip(lines, epochs, strict=True):
         assert f"loss {epoch['train_loss']:.3f}  " in line
         assert f"entropy {epoch['train_entropy']:.3f}  " in line
         assert f"test {epoch['test_acc1']:.2f}%  " in line
         assert f"EMA {epoch['test_acc1_ema']:.2f}%  " in line
-        assert math.isfinite(epoch["test_loss"])
         assert {"test_acc5", "test_entropy", "lr", "sar_lambda"} <= epoch.keys()
-        assert epoch["images_per_second"] > 0
-    assert torch.load(folder / "checkpoint.pt", weights_only=True)["epoch"] == 2
     assert {file.name for file in folder.iterdir()} == {"checkpoint.pt", "log.jsonl"}
 
     evaluate = output.splitlines()[-1].removeprefix("next: ")
@@ -1319,7 +1163,6 @@ def test_train_and_eval_from_the_shell(tmp_path: Path) -> None:
     output = shell(f"{train_py} --dataset imagenet --help")
     assert "[300]" in output
     assert "[None]" not in output
-    assert "usage" not in output
 
 
 @pytest.mark.parametrize(
@@ -1331,17 +1174,14 @@ def test_train_and_eval_from_the_shell(tmp_path: Path) -> None:
         ("TERM", 143, "checkpoint.pt"),
     ],
 )
-def test_a_killed_run_is_continued(
-    name, code, wait, tiny, tmp_path, monkeypatch
-) -> None:
+def test_a_killed_run_is_continued(name, code, wait, tiny, tmp_path, monkeypatch):
     """Wherever it was stopped, --resume gives the weights and log of the whole run."""
     file, number = tmp_path / "killed" / wait, getattr(signal, f"SIG{name}")
     command = f"{HERE / 'train.py'} {TINY} --epochs 9 --data-dir {tmp_path}/data"
     command = [sys.executable, *command.split(), "--workers=1", "--output-dir"]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    with subprocess.Popen(
-        [*command, file.parent], start_new_session=True, **pipes
-    ) as process:
+    pipes["start_new_session"] = True
+    with subprocess.Popen([*command, file.parent], **pipes) as process:
         while not (file.exists() and file.stat().st_size):
             assert process.poll() is None
             time.sleep(0.001)
@@ -1358,9 +1198,8 @@ def test_a_killed_run_is_continued(
     assert run(monkeypatch, f"train --resume {file.parent} --workers 0") == 0
     saved = torch.load(file.parent / "checkpoint.pt", weights_only=True)
     assert same_run(tiny("--epochs 9", "whole")[1], saved)
-    log = file.parent / "log.jsonl"
-    lines = [json.loads(line) for line in log.read_text().splitlines()]
-    assert [line.get("epoch") for line in lines] == [None, *range(1, 10)]
+    lines = (file.parent / "log.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == saved["log"]
 
 
 def test_what_resume_takes(tiny, tmp_path, monkeypatch, capsys, error_of) -> None:
@@ -1375,8 +1214,6 @@ def test_what_resume_takes(tiny, tmp_path, monkeypatch, capsys, error_of) -> Non
     for options, message in {
         "--lr 0.1": "continues a run with its settings: --lr cannot change",
         "--no-model-ema": "--model-ema cannot change",
-        "--workers -1": "--workers must be at least 0",
-        f"--data-dir {tmp_path}/no": "fashion-mnist",
     }.items():
         assert message in error_of(f"{again} {options}")
     for header, message in {
@@ -1411,16 +1248,12 @@ def test_neither_workers_nor_testing_change_a_run(tiny) -> None:
 
 
 def test_compiled_training(tiny, monkeypatch) -> None:
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=counter))
     _, eager = tiny("--epochs 1")
-    compile_with, compiled = torch.compile, []
-
-    def compile_quickly(function, **options):
-        compiled.append(options["disable"])
-        return compile_with(function, backend="aot_eager", **options)
-
-    monkeypatch.setattr(torch, "compile", compile_quickly)
+    assert counter.frame_count == 0
     _, saved = tiny("--epochs 1 --compile", "compiled")
-    assert compiled == [False, False]  # model and loss
+    assert counter.frame_count >= 2  # model and loss
     for key in ("train_loss", "train_entropy", "test_loss"):
         assert saved["log"][1][key] == pytest.approx(eager["log"][1][key], abs=1e-4)
 
@@ -1431,13 +1264,9 @@ def test_two_processes_do_what_one_does(tiny, tmp_path) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += ["--nproc_per_node=2", HERE / "train.py", *options.split()]
     pipes = {"capture_output": True, "text": True, "timeout": 300}
-    first, again = (subprocess.run(command, check=False, **pipes) for _ in range(2))
-    assert first.returncode == 0, first.stderr
-    assert first.stdout.count("epoch 1/2") == first.stdout.count("next:") == 1
-    assert again.returncode != 0
-    assert "already contains a run" in again.stderr
-    files = {file.name for file in (tmp_path / "two").iterdir()}
-    assert files == {"checkpoint.pt", "log.jsonl"}
+    done = subprocess.run(command, check=False, **pipes)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("epoch 1/2") == done.stdout.count("next:") == 1
     two = torch.load(tmp_path / "two" / "checkpoint.pt", weights_only=True)
     _, one = tiny(f"{chance} --batch-size 8", "one")
     for name, value in one["model"].items():
@@ -1455,8 +1284,9 @@ def test_finetune(tiny, tmp_path, capsys) -> None:
     torch.manual_seed(1)
     options = {"img_size": 56, "patch_size": 4, "num_classes": 7}
     source = vit.VisionTransformer(**vit.MODELS["vit_mini"], **options).state_dict()
-    wrapped = {f"module.backbone.{name}": value for name, value in source.items()}
-    torch.save({"teacher": wrapped, "args": argparse.Namespace()}, tmp_path / "dino.pt")
+    checkpoint = {"teacher": behind("module.backbone.", source)}
+    checkpoint["args"] = argparse.Namespace()
+    torch.save(checkpoint, tmp_path / "dino.pt")
     frozen = "--sar-lambda 0 --lr 0 --epochs 1"
     code, saved = tiny(f"{frozen} --finetune {tmp_path}/dino.pt")
     output = capsys.readouterr().out
@@ -1471,30 +1301,14 @@ def test_finetune(tiny, tmp_path, capsys) -> None:
 @pytest.mark.parametrize(
     "name, call, broken, message",
     [
-        (
-            "rates",
-            6,
-            (math.nan, 0.0),
-            "loss not finite by step 5 of epoch 2: cross-entropy nan",
-        ),
-        (
-            "spatial_entropy",
-            6,
-            torch.tensor(math.nan),
-            "loss not finite by step 5 of epoch 2",
-        ),
-        (
-            "evaluate",
-            3,
-            {"loss": math.nan},
-            "weights or test loss not finite after epoch 2",
-        ),
-        ("rates", 10, (math.nan, 0.0), "weights or test loss not finite after epoch 2"),
+        ("rates", 6, (math.nan, 0.0), "by step 5 of epoch 2: cross-entropy nan"),
+        ("spatial_entropy", 6, torch.tensor(math.nan), "by step 5 of epoch 2"),
+        ("evaluate", 3, {"loss": math.nan}, "not finite after epoch 2"),
+        ("rates", 10, (math.nan, 0.0), "not finite after epoch 2"),
     ],
 )
-def test_a_run_that_is_not_finite_keeps_its_last_good_epoch(
-    name, call, broken, message, tiny, monkeypatch, capsys
-) -> None:
+def test_a_nan_ends_a_run(name, call, broken, message, tiny, monkeypatch, capsys):
+    """And the checkpoint of the last good epoch stays."""
     function, calls = getattr(train, name), itertools.count(1)
     monkeypatch.setattr(
         train, name, lambda *a: broken if next(calls) == call else function(*a)
@@ -1512,16 +1326,11 @@ def test_a_run_that_is_not_finite_keeps_its_last_good_epoch(
 
 def test_a_full_disk_leaves_the_last_checkpoint(tiny, tmp_path, monkeypatch, capsys):
     """One sentence that says so, with the real error of the system."""
-    (tmp_path / "file").write_bytes(b"before")
-    with (tmp_path / "file").open("rb") as opened:
-        train.write(tmp_path / "file", b"after")
-        assert opened.read() == b"before"  # replaced, not written over
     _, saved = tiny("--epochs 3 --val-interval 3", "whole")
-    count, fsync = [], os.fsync
+    calls, fsync = itertools.count(1), os.fsync
 
     def full(number: int) -> None:
-        count.append(number)
-        if len(count) == 4:  # the checkpoint of epoch 2
+        if next(calls) == 4:  # the checkpoint of epoch 2
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         fsync(number)
 
@@ -1558,14 +1367,11 @@ CPU = torch.device("cpu")
 def write_run(path: Path, model=None, **settings) -> None:
     """A checkpoint as train.py writes it, of an untrained `small_model`."""
     model = model or small_model(img_size=24)
-    architecture = {"img_size": model.img_size, "patch_size": 8, "num_classes": 5}
-    architecture |= {"embed_dim": 32, "depth": 3, "num_heads": 2}
     run_settings = {"model": "vit_mini", "dataset": "folder", "crop": "resized"}
     run_settings |= {"data_dir": str(path.parent), "batch_size": 3, "epochs": 1}
-    run_settings |= {"amp": False, "device": "cpu", "seed": 0}
-    run_settings |= {"sar_lambda": 0.0, "last_skip": True}
+    run_settings |= {"amp": False, "device": "cpu"}
     checkpoint = {
-        "architecture": architecture,
+        "architecture": {"img_size": model.img_size} | SHAPE,
         "settings": run_settings | settings,
         "classes": CLASSES,
         "model": model.state_dict(),
@@ -1634,8 +1440,7 @@ def test_precision_is_that_of_training_on_its_device(tmp_path, monkeypatch) -> N
 
 def test_pretrained_checkpoints(tmp_path, monkeypatch, capsys, error_of) -> None:
     """DeiT's layout with EMA weights, timm's with class names, DINO's without a head."""
-    shape = {"embed_dim": 32, "depth": 3, "num_heads": 2}
-    monkeypatch.setitem(vit.MODELS, "vit_tiny", shape)
+    monkeypatch.setitem(vit.MODELS, "vit_tiny", SHAPE)
     write_folder(tmp_path, CLASSES)
     write_voc2012(tmp_path)
 
@@ -1687,24 +1492,15 @@ def test_pretrained_checkpoints(tmp_path, monkeypatch, capsys, error_of) -> None
         f"{options} {folder}": "has no head to classify with",
         f"{options} {picture}": "no dataset is known: add --dataset, or --im",
         f"{options} --model-ema": "has no EMA weights",
-        options.replace("tiny", "base"): "does not fit the model",
         "": "does not name its model: add --model (vit_mini, ",
     }.items():
         command = f"eval --device cpu --checkpoint {tmp_path}/run.pt {wrong}"
         assert message in error_of(command)
 
 
+@pytest.mark.parametrize("protocol", ["dino", "sar", "ipvit"])
 @pytest.mark.parametrize(
-    "name, protocol",
-    [
-        ("voc2012", "dino"),
-        ("voc2012", "sar"),
-        ("voc2012", "ipvit"),
-        ("pets", "dino"),
-        ("shapes", "dino"),
-        ("fashion-mnist", "dino"),
-        ("folder", "dino"),
-    ],
+    "name", ["voc2012", "pets", "shapes", "fashion-mnist", "folder"]
 )
 def test_segmentation(name, protocol, tmp_path, monkeypatch, capsys) -> None:
     """From files to the printed number; photographs at the protocol's input size."""
@@ -1744,8 +1540,6 @@ def test_segmentation(name, protocol, tmp_path, monkeypatch, capsys) -> None:
             alone, _ = slow_segment(kept[:, [head]], masks, rule.void_counts)
             assert index == pytest.approx(alone, abs=1e-3)
     assert (found["images"], found["images_with_objects"]) == (len(images), count)
-    entropies = spatial_entropy(maps, "none").mean(0).tolist()
-    assert found["entropy_per_head"] == pytest.approx(entropies, abs=1e-5)
     output = capsys.readouterr().out
     void = "count as background" if rule.void_counts else "are excluded"
     share = f"{rule.mass:.0%} of the attention"
@@ -1782,12 +1576,8 @@ def test_corruptions_in_folders(tmp_path, monkeypatch, capsys, error_of) -> None
     """ImageNet-C's layout: images are not cropped, and classes are matched by name."""
     folder, names = tmp_path / "corrupted", ("fog", "saturate", "snow")
     keys = [(name, level) for name in names for level in range(1, 6)]
-    for name, level in keys:
-        for each in ("dog", "cat", "elk"):
-            path = folder / name / str(level) / each
-            path.mkdir(parents=True)
-            image = F.interpolate(torch.rand(1, 3, 4, 6), (40, 60))[0]
-            v2.functional.to_pil_image(image).save(path / "0.png")
+    for each in ("dog", "cat", "elk"):
+        write_images(folder, (f"{name}/{n}/{each}/0.png" for name, n in keys))
     model = small_model(img_size=24)
     for module in model.modules():  # without these the pixels decide
         if isinstance(module, torch.nn.LayerNorm):
@@ -1874,9 +1664,6 @@ def test_a_head_is_drawn_as_it_is(monkeypatch) -> None:
         assert patch(2, n, n) == pytest.approx(tinted, abs=2)
     entropy = spatial_entropy(similarity).item()
     assert texts == [f"H {entropy:.2f} nats", "2 components"]
-    narrow = evaluation.draw_head(tile.resize((side // 2, side)), torch.eye(6), 0.6)
-    assert texts[3] == "1 component"
-    assert narrow.getpixel((side // 2, 0)) != narrow.getpixel((0, 0)) == (255,) * 3
 
 
 def test_the_picture(tmp_path, monkeypatch) -> None:
@@ -1886,7 +1673,6 @@ def test_the_picture(tmp_path, monkeypatch) -> None:
     folder.mkdir()
     for n, (name, size) in enumerate(sizes.items()):
         Image.new("RGB", size, (n, 99, 99)).save(folder / f"{name}.png")
-    (folder / ".hidden.png").write_text("no image")
     write_run(tmp_path / "run.pt", dataset="shapes")
     other = small_model(img_size=32, seed=1)
     write_run(tmp_path / "other.pt", other, dataset="shapes")
@@ -1995,17 +1781,12 @@ def slow_segment(patches, masks, void_counts) -> tuple[float, int]:
 
 
 BAD_INPUT = {
-    "train --dataset cifar1000": "invalid choice: 'cifar1000'",
-    "train --aa rand-m11": "invalid choice: 'rand-m11'",
-    "train --dataset cifar100 --data-dir nowhere": "cifar100: not in nowhere",
     "train --dataset folder --data-dir nowhere": "there is no nowhere/train",
     "train --img-size 50": "patch size 8 does not divide the image size 50x50",
     "train --epochs 0": "--epochs must be at least 1, not 0",
     "train --pos-std 2": "--pos-std must be at least 1e-06 and at most 1, not 2.0",
-    "train --sar-lambda=-1": "--sar-lambda must be at least 0, not -1.0",
     "train --lr nan": "--lr must be at least 0, not nan",
     "train --output-dir used": "used already contains a run; use another --output-dir, or",
-    "train --output-dir used/checkpoint.pt": "used/checkpoint.pt",
     "train --resume used": "'used' holds no run to resume",
     "train --dataset cifar100 --finetune none.pt": "no checkpoint at none.pt",
     "train --finetune used/checkpoint.pt": "used/checkpoint.pt is damaged or not",
@@ -2014,21 +1795,14 @@ BAD_INPUT = {
     "train --dataset fashion-mnist": "fashion-mnist: not in data, and the download",
     "train --dataset domainnet-real": "there is no data/real_train.txt; get it from https://ai",
     "train --train-size 100": "--train-size 100 exceeds the 80 training images",
-    "train --batch-size 81": "--batch-size 81 exceeds the 80 training images",
-    "train --dataset cifar100 --device cuda": "device cuda is not available",
     "eval": "no checkpoint.pt under runs",
-    "eval --checkpoint none.pt": "no checkpoint at none.pt",
     "eval --checkpoint other.pt": "other.pt holds no Vision Transformer",
     "eval --rows 0": "--rows must be at least 1",
     "eval --device cuda:9": "device cuda:9 is not available; use cuda, cuda:N, mps or cpu",
     "eval --attention picture.jpg": "--attention takes a file name with .png",
-    "eval --json runs/checkpoint.pt": "--json takes a file name with .json",
     "eval --std 58 57 57": "--mean and --std must be on the scale of 0 to 1",
-    "eval --workers=-1": "--workers must be at least 0",
     "eval --attention none/picture.png": "none/picture.png",
     "eval --images used": "--images needs --attention",
-    "eval --compare used/checkpoint.pt": "--compare needs --attention",
-    "eval --mce": "--mce needs --corruptions",
     "eval --segmentation folder": "--segmentation folder needs --masks DIR",
     "eval --segmentation shapes --masks used": "--segmentation folder needs --masks DIR",
 }
