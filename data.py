@@ -5,6 +5,7 @@ To add a dataset, add a row to `DATASETS`. Loaders give images as uint8 (B, 3, H
 labels as int64 (B,); `normalizer` makes the images float on the device.
 """
 
+import glob
 import math
 import os
 from collections import Counter
@@ -31,65 +32,51 @@ NEAREST = v2.InterpolationMode.NEAREST_EXACT
 class Source:
     """A row of DATASETS: where to get a dataset, how to read its splits, its statistics.
 
-    If there is a `reader`, of torchvision, `train` and `test` are its split arguments ("+"
-    joins several). Else they are paths in the data directory, of class folders or of a
-    list of files.
+    `train` and `test` are split arguments of the `reader`, of torchvision ("+" joins
+    several), or else paths in the data directory: of class folders or a list of files.
     """
 
     url: str
-    train: str | bool = "train"
-    test: str | bool = "val"
     reader: Callable | None = None
+    train: str | bool = "train"
+    test: str | bool = "test"
     mean: tuple[float, ...] = IMAGENET_MEAN  # per channel, on the scale 0 to 1
     std: tuple[float, ...] = IMAGENET_STD
 
 
 CIFAR = "https://www.cs.toronto.edu/~kriz/cifar.html"
+FASHION = "https://github.com/zalandoresearch/fashion-mnist"
 OXFORD = "https://www.robots.ox.ac.uk/~vgg/data"
 DATASETS = {
     "shapes": Source("", mean=(0.283,) * 3, std=(0.225,) * 3),
-    "cifar10": Source(CIFAR, True, False, datasets.CIFAR10),
-    "cifar100": Source(CIFAR, True, False, datasets.CIFAR100),
-    "svhn": Source(
-        "http://ufldl.stanford.edu/housenumbers", "train", "test", datasets.SVHN
-    ),
-    "stl10": Source(
-        "https://cs.stanford.edu/~acoates/stl10", "train", "test", datasets.STL10
-    ),
+    "cifar10": Source(CIFAR, datasets.CIFAR10, True, False),
+    "cifar100": Source(CIFAR, datasets.CIFAR100, True, False),
+    "svhn": Source("http://ufldl.stanford.edu/housenumbers", datasets.SVHN),
+    "stl10": Source("https://cs.stanford.edu/~acoates/stl10", datasets.STL10),
     "fashion-mnist": Source(
-        "https://github.com/zalandoresearch/fashion-mnist",
-        True,
-        False,
-        datasets.FashionMNIST,
-        mean=(0.286,) * 3,
-        std=(0.353,) * 3,
+        FASHION, datasets.FashionMNIST, True, False, (0.286,) * 3, (0.353,) * 3
     ),
-    "flowers102": Source(
-        f"{OXFORD}/flowers/102", "train+val", "test", datasets.Flowers102
-    ),
-    "pets": Source(f"{OXFORD}/pets", "trainval", "test", datasets.OxfordIIITPet),
+    "flowers102": Source(f"{OXFORD}/flowers/102", datasets.Flowers102, "train+val"),
+    "pets": Source(f"{OXFORD}/pets", datasets.OxfordIIITPet, "trainval"),
     "food101": Source(
-        "https://data.vision.ee.ethz.ch/cvl/datasets_extra/food-101",
-        "train",
-        "test",
-        datasets.Food101,
+        "https://data.vision.ee.ethz.ch/cvl/datasets_extra/food-101", datasets.Food101
     ),
-    "imagenet": Source("https://image-net.org"),
+    "imagenet": Source("https://image-net.org", test="val"),
     "inaturalist": Source(
-        "https://github.com/visipedia/inat_comp", "2021_train", "2021_valid"
+        "https://github.com/visipedia/inat_comp", None, "2021_train", "2021_valid"
     ),
-    "folder": Source(""),  # anyone's own images
+    "folder": Source("", test="val"),  # anyone's own images
 }
 DATASETS |= {
     f"domainnet-{domain}": Source(
-        "https://ai.bu.edu/M3SDA", f"{domain}_train.txt", f"{domain}_test.txt"
+        "https://ai.bu.edu/M3SDA", None, f"{domain}_train.txt", f"{domain}_test.txt"
     )
     for domain in ("clipart", "infograph", "painting", "quickdraw", "real", "sketch")
 }
 VOC2012 = Source(
     "http://host.robots.ox.ac.uk/pascal/VOC/voc2012",
+    partial(datasets.VOCSegmentation, image_set="val"),
     test="2012",
-    reader=partial(datasets.VOCSegmentation, image_set="val"),
 )
 
 
@@ -152,22 +139,16 @@ def _decode(path: str | os.PathLike) -> Image.Image:
 
 def list_images(folder: str | os.PathLike) -> list[str]:
     """List the image files in a folder and its subfolders, sorted, without hidden ones."""
-
-    def refuse(error: OSError) -> None:
-        raise error  # os.walk would skip a folder that it may not read
-
-    found = []
-    for root, folders, files in os.walk(folder, onerror=refuse, followlinks=True):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        names = [name for name in files if not name.startswith(".")]
-        found += [os.path.join(root, name) for name in names if is_image_file(name)]
+    names = glob.glob("**/*", root_dir=folder, recursive=True)
+    found = [os.path.join(folder, name) for name in names if is_image_file(name)]
+    if not found:
+        raise FileNotFoundError(f"there are no images in {folder}")
     return sorted(found, key=os.path.split)
 
 
 def list_classes(folder: Path) -> list[str]:
     """List the names of the folders in a folder, sorted, without hidden ones."""
-    names = [entry.name for entry in folder.iterdir() if entry.is_dir()]
-    return sorted(name for name in names if not name.startswith("."))
+    return sorted(path.name for path in folder.glob("[!.]*") if path.is_dir())
 
 
 # --------------------------------------------------------------------------- datasets
@@ -182,16 +163,16 @@ def load_dataset(
     FileNotFoundError if the dataset is neither in `data_dir` nor downloaded, ValueError
     if its class folders do not fit or if SciPy is missing (SVHN, Flowers102).
     """
-    source = DATASETS[name]
+    source, data_dir = DATASETS[name], Path(data_dir)
     part = getattr(source, split)
     if name == "shapes":
         images, _ = make_shapes(split)
     elif source.reader:
         images = _read_torchvision(name, source, data_dir, part)
     elif part.endswith(".txt"):
-        images = _read_list(name, source, Path(data_dir), part)
+        images = _read_list(name, source, data_dir, part)
     else:
-        images = _read_folder(name, source, Path(data_dir), part)
+        images = _read_folder(name, source, data_dir, part)
     images.transform = transform
     return images
 
@@ -201,9 +182,7 @@ def _missing(name: str, source: Source, what: str) -> FileNotFoundError:
     return FileNotFoundError(f"{name}: {what}; {where}set --data-dir")
 
 
-def _open(
-    name: str, source: Source, data_dir: str | os.PathLike, part: str | bool
-) -> Dataset:
+def _open(name: str, source: Source, data_dir: Path, part: str | bool) -> Dataset:
     """Open a dataset of torchvision, which unpacks or downloads it if it has to."""
     try:
         try:
@@ -220,7 +199,7 @@ def _open(
 
 
 def _read_torchvision(
-    name: str, source: Source, data_dir: str | os.PathLike, part: str | bool
+    name: str, source: Source, data_dir: Path, part: str | bool
 ) -> Images:
     """Collect images and labels, whose attributes have several names in torchvision."""
     images, labels = [], []
@@ -262,32 +241,22 @@ def _read_folder(name: str, source: Source, data_dir: Path, part: str) -> Images
         folder = data_dir  # class folders alone, to evaluate
     if not folder.is_dir():
         raise _missing(name, source, f"there is no {folder} with class folders")
-    classes = list_classes(train if train.is_dir() else folder)
-    images = read_classes(folder, classes)
-    if folder == train:
-        found = set(images.targets.tolist())
-        if empty := [each for n, each in enumerate(classes) if n not in found]:
-            raise ValueError(f"{folder} has no images of {', '.join(empty)}")
-    return images
+    return read_classes(folder, list_classes(train if train.is_dir() else folder))
 
 
 def read_classes(folder: Path, classes: list[str]) -> Images:
     """Read a folder of class folders, and label its images by their places in `classes`."""
     own = list_classes(folder)
     if unknown := [name for name in own if name not in classes]:
-        raise ValueError(
-            f"{folder} has {len(unknown)} classes that train/ does not have: "
-            f"{', '.join(unknown[:5])}"
-        )
+        names = ", ".join(unknown[:5])
+        raise ValueError(f"{folder} has classes that train/ does not have: {names}")
+    if len(classes) < 2 or not own:
+        raise ValueError(f"{folder} must have image folders of two classes or more")
     files, targets = [], []
     for name in own:
         found = list_images(folder / name)
         files += found
         targets += [classes.index(name)] * len(found)
-    if len(classes) < 2 or not files:
-        raise ValueError(
-            f"{folder} must have a folder of images for each of two classes or more"
-        )
     return Images(files, torch.tensor(targets), classes)
 
 
@@ -331,14 +300,11 @@ def make_shapes(split: str) -> tuple[Images, torch.Tensor]:
     backgrounds, one in each image, cycling through eight classes. Return the images of
     the split, uint8 (n, 3, S, S) with S = SHAPES_SIZE, and masks, bool (n, S, S).
     """
-    count = SHAPES_COUNT[split]
     generator = torch.Generator().manual_seed(list(SHAPES_COUNT).index(split))
-    images = torch.empty(count, 3, SHAPES_SIZE, SHAPES_SIZE, dtype=torch.uint8)
-    masks = torch.empty(count, SHAPES_SIZE, SHAPES_SIZE, dtype=torch.bool)
-    targets = torch.arange(count) % len(SHAPES)
-    for label, inside in enumerate(SHAPES.values()):
-        rows = (targets == label).nonzero().flatten()
-        images[rows], masks[rows] = _draw(inside, len(rows), generator)
+    count = SHAPES_COUNT[split] // len(SHAPES)  # of each class
+    drawn = [_draw(inside, count, generator) for inside in SHAPES.values()]
+    images, masks = (torch.stack(each, 1).flatten(0, 1) for each in zip(*drawn))
+    targets = torch.arange(len(images)) % len(SHAPES)
     return Images(images, targets, list(SHAPES)), masks
 
 
@@ -378,16 +344,14 @@ def _draw(
 
 def balanced_subset(dataset: Images, size: int, seed: int) -> Subset:
     """Return a random subset with as many images of each class, as far as possible."""
-    if size > len(dataset):
-        raise ValueError(
-            f"--train-size {size} exceeds the {len(dataset)} training images"
-        )
+    count = len(dataset)
+    if size > count:
+        raise ValueError(f"--train-size {size} exceeds the {count} training images")
     generator = torch.Generator().manual_seed(seed)
-    order = torch.randperm(len(dataset), generator=generator).tolist()
+    order = torch.randperm(count, generator=generator).tolist()
     # The first image of each class, in random order, then the second ones, and so on.
-    labels, seen, rank = dataset.targets.tolist(), Counter(), {}
-    for index in order:
-        label = labels[index]
+    seen, rank = Counter(), {}
+    for index, label in zip(order, dataset.targets[order].tolist()):
         rank[index] = seen[label]
         seen[label] += 1
     return Subset(dataset, sorted(sorted(order, key=rank.get)[:size]))
@@ -410,10 +374,10 @@ class Masked(Dataset):
     """
 
     images: Sequence  # by index: paths, or uint8 tensors (C, h, w)
-    masks: Sequence  # paths, or uint8 tensors (h, w)
+    masks: Sequence  # paths, or tensors (h, w)
     size: tuple[int, int]  # height and width
-    meaning: torch.Tensor | None = None  # uint8, maps the values of masks, if needed
-    own: bool = False  # a user's own masks, whose sizes may be wrong
+    meaning: torch.Tensor  # uint8, by the value in a mask
+    own: bool  # a user's own masks, whose sizes may be wrong
 
     def __len__(self) -> int:
         return len(self.images)
@@ -421,16 +385,13 @@ class Masked(Dataset):
     def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
         image, mask = self.images[index], self.masks[index]
         if not isinstance(image, torch.Tensor):
-            image = open_image(image)
-            mask = _decode(mask)
-            mask = mask if mask.mode == "P" else mask.convert("RGB")  # without alpha
+            image, mask = open_image(image), _decode(mask)
             if self.own and mask.size != image.size:
-                raise ValueError(
-                    f"{self.masks[index]} and its image differ in size, once upright"
-                )
+                name = self.masks[index]
+                raise ValueError(f"{name} and its image differ in size, once upright")
+            mask = mask if mask.mode == "P" else mask.convert("RGB")  # without alpha
             mask = v2.functional.pil_to_tensor(mask).amax(0)
-        if self.meaning is not None:
-            mask = self.meaning[mask.long()]
+        mask = self.meaning[mask.long()]
         image = v2.functional.resize(image, list(self.size), BILINEAR)
         mask = v2.functional.resize(mask[None], list(self.size), NEAREST)
         return AS_TENSOR(image), mask[0]
@@ -445,37 +406,32 @@ def load_masks(
     """Load the test images of a dataset in MASKS, with the masks of their objects.
 
     An object is, in VOC 2012 val, all pixels of a class; in Pets, the pet of the trimap,
-    whose border is void; in Fashion-MNIST, the pixels that are not 0. For "folder", the
-    images of val/, or else of `data_dir`, have PNG masks of the same names in
-    `masks_dir`; the object is all pixels that are not 0.
+    whose border is void; else all pixels that are not 0. For "folder", the images of
+    val/, or else of `data_dir`, have PNG masks of the same names in `masks_dir`.
     """
-    meaning = None
+    meaning = torch.tensor([0] + 255 * [1], dtype=torch.uint8)
     if name == "shapes":
         shapes, masks = make_shapes("test")
-        images, masks = shapes.images, masks.to(torch.uint8)
-    elif name == "fashion-mnist":
-        pixels = np.stack(load_dataset(name, data_dir, "test", None).images)
-        images = torch.from_numpy(pixels)[:, None]
-        masks = (images[:, 0] > 0).to(torch.uint8)
-    elif name == "voc2012":
-        voc = _open(name, VOC2012, data_dir, VOC2012.test)
-        images, masks = voc.images, voc.masks
+        images = shapes.images
     elif name == "folder":
         folder = Path(data_dir, DATASETS[name].test)
         folder = folder if folder.is_dir() else Path(data_dir)
-        if not (images := list_images(folder)):
-            raise FileNotFoundError(f"there are no images in {folder}")
-        names = [
-            Path(image).relative_to(folder).with_suffix(".png") for image in images
-        ]
-        masks = [Path(masks_dir, each) for each in names]
+        images = list_images(folder)
+        masks = [Path(masks_dir, os.path.relpath(image, folder)) for image in images]
+        masks = [mask.with_suffix(".png") for mask in masks]
         if missing := [mask for mask in masks if not mask.is_file()]:
             raise FileNotFoundError(f"there is no mask {missing[0]}")
-        meaning = (torch.arange(256) > 0).to(torch.uint8)
     else:
-        pets = _open(name, DATASETS[name], data_dir, DATASETS[name].test)
-        images, masks = pets._images, pets._segs
-        meaning = torch.tensor([VOID, 1, 0, VOID], dtype=torch.uint8)
+        source = VOC2012 if name == "voc2012" else DATASETS[name]
+        opened = _open(name, source, Path(data_dir), source.test)
+        if name == "fashion-mnist":
+            images, masks = opened.data[:, None], opened.data
+        elif name == "pets":
+            images, masks = opened._images, opened._segs
+            meaning = torch.tensor([VOID, 1, 0, VOID], dtype=torch.uint8)
+        else:
+            images, masks = opened.images, opened.masks
+            meaning = torch.arange(256, dtype=torch.uint8)
     return Masked(images, masks, size, meaning, own=name == "folder")
 
 
@@ -488,15 +444,13 @@ def load_corruptions(
     CIFAR-C's, without class names: <corruption>.npy, uint8 (5 * n, height, width, 3),
     severity by severity, and labels.npy, (5 * n,) or (n,).
     """
-    found = {}
-    classes = None
+    found, classes = {}, None
     for path in sorted(Path(folder).glob("*/[1-5]")):
         classes = classes or list_classes(path)
         part = partial(read_classes, path, classes)
         found.setdefault(path.parent.name, {})[int(path.name)] = part
     for path in sorted(set(Path(folder).glob("*.npy")) - {Path(folder, "labels.npy")}):
-        parts = {level: partial(_read_array, path, level) for level in range(1, 6)}
-        found[path.stem] = parts
+        found[path.stem] = {n: partial(_read_array, path, n) for n in range(1, 6)}
     if not found:
         raise FileNotFoundError(
             f"{folder} has neither <corruption>/<severity>/<class>/, as ImageNet-C, nor "
@@ -508,16 +462,12 @@ def load_corruptions(
 def _read_array(path: Path, severity: int) -> Images:
     images = np.load(path, mmap_mode="r")
     labels = np.load(path.with_name("labels.npy"))
-    count = len(images) // 5
-    if images.dtype != np.uint8 or images.shape[-1] != 3 or len(images) % 5:
-        raise ValueError(f"{path} is not uint8 (5 * n, height, width, 3)")
-    if len(labels) not in (count, 5 * count):
-        raise ValueError(
-            f"{path} has {count} images of each severity, but there are {len(labels)} labels"
-        )
+    count, rest = divmod(len(images), 5)
+    fits = images.dtype == np.uint8 and images.shape[-1] == 3 and not rest
+    if not fits or len(labels) not in (count, 5 * count):
+        raise ValueError(f"{path} and its labels.npy are not in CIFAR-C's layout")
     part = slice((severity - 1) * count, severity * count)
-    labels = np.tile(labels, 5)[part]
-    return Images(images[part], torch.from_numpy(labels).long(), [])
+    return Images(images[part], torch.from_numpy(np.tile(labels, 5)[part]).long(), [])
 
 
 # ------------------------------------------------------------------ images to batches
@@ -579,13 +529,11 @@ def test_transform(img_size: int, *, crop: str) -> v2.Compose:
     `crop` is "resized" (the center, after resizing to 256/224, the ImageNet protocol),
     or else the whole image is resized.
     """
-    steps: list[Callable] = [v2.RGB()]
     if crop == "resized":
-        steps.append(v2.Resize(img_size * 256 // 224, BICUBIC))
-        steps.append(v2.CenterCrop(img_size))
+        steps = [v2.Resize(img_size * 256 // 224, BICUBIC), v2.CenterCrop(img_size)]
     else:
-        steps.append(v2.Resize((img_size, img_size), BICUBIC))
-    return v2.Compose([*steps, v2.ToImage(), v2.ToPureTensor()])
+        steps = [v2.Resize((img_size, img_size), BICUBIC)]
+    return v2.Compose([v2.RGB(), *steps, v2.ToImage(), v2.ToPureTensor()])
 
 
 def make_mix(mixup: float, cutmix: float, classes: int) -> Callable:
@@ -603,9 +551,6 @@ class SeededItems(Dataset):
     """Items by (index, seed): the seed makes augmentation independent of the workers."""
 
     dataset: Dataset
-
-    def __len__(self) -> int:
-        return len(self.dataset)
 
     def __getitem__(self, key: tuple[int, int]) -> tuple:
         index, seed = key

@@ -55,19 +55,13 @@ from model import MODELS, VisionTransformer, load_model, read_checkpoint
 
 
 def choose_device(name: str | None) -> torch.device:
-    """Return the requested device, or the first available of CUDA, MPS and CPU.
-
-    Raise ValueError if it is not available.
-    """
-    counts = {"cuda": torch.cuda.device_count()}
-    counts |= {"mps": int(torch.backends.mps.is_available()), "cpu": 1}
-    name = name or next(kind for kind, count in counts.items() if count)
-    found = re.fullmatch(r"(cuda|mps|cpu)(?::(\d+))?", name)
-    if not found or int(found[2] or 0) >= counts[found[1]]:
-        raise ValueError(
-            f"device {name} is not available; use cuda, cuda:N, mps or cpu"
-        )
-    return torch.device(name)
+    """Return the requested device, or the first available of CUDA, MPS and CPU."""
+    gpus = [f"cuda:{n}" for n in range(torch.cuda.device_count())]
+    names = ["cuda", *gpus] if gpus else []
+    names += ["mps"] * torch.backends.mps.is_available() + ["cpu"]
+    if name not in (None, *names):
+        raise ValueError(f"device {name} is not available; use {', '.join(names)}")
+    return torch.device(name or names[0])
 
 
 def hardware(device: torch.device) -> str:
@@ -104,11 +98,8 @@ def predict(
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
     """Yield logits (B, classes), similarity (B, heads, H, W) and targets, on the device.
 
-    Args:
-        model: images -> (logits, similarity), on `device`.
-        loader: of images, uint8 (B, 3, height, width), and targets, labels or masks.
-        normalize: from `data.normalizer`.
-        amp: run in bfloat16 autocast.
+    The loader has images, uint8 (B, 3, height, width), and targets, labels or masks;
+    `normalize` is from `data.normalizer`; `amp` means autocast to bfloat16.
     """
     model.eval()
     for images, targets in loader:
@@ -213,25 +204,16 @@ def corruption_means(errors: dict[str, dict[int, float]], mce: bool) -> dict:
 # ------------------------------------------------------- attention as segmentation
 
 
-@dataclass(frozen=True)
-class Protocol:
-    """A variant of the Jaccard index of attention and objects."""
-
-    size: int  # of the input, in pixels
-    mass: float  # share of the attention that the kept patches hold
-    void_counts: bool  # void pixels count as background; else they are excluded
-
-
-# DINO: Caron et al. (arXiv 2104.14294), Fig. 4, which does not give the input size; 480 is
-# the default of its code for pictures. SAR: the authors' code. IPViT: the code of Naseer et
-# al. (arXiv 2105.10497).
+# Variants of the Jaccard index of attention and objects: the size of the input in pixels,
+# the share of the attention that the kept patches hold, and whether void pixels count as
+# background or are excluded. DINO: Caron et al. (arXiv 2104.14294), Fig. 4, which does not
+# give the input size; 480 is the default of its code for pictures. SAR: the authors' code.
+# IPViT: the code of Naseer et al. (arXiv 2105.10497).
 PROTOCOLS = {
-    "dino": Protocol(size=480, mass=0.6, void_counts=False),
-    "sar": Protocol(size=480, mass=0.6, void_counts=True),
-    "ipvit": Protocol(size=512, mass=0.9, void_counts=True),
+    "dino": {"size": 480, "mass": 0.6, "void_counts": False},
+    "sar": {"size": 480, "mass": 0.6, "void_counts": True},
+    "ipvit": {"size": 512, "mass": 0.9, "void_counts": True},
 }
-# Only these are resized to a protocol's size; others to the model's input size.
-PHOTOGRAPHS = ("voc2012", "pets")
 
 
 def mass_mask(similarity: torch.Tensor, mass: float) -> torch.Tensor:
@@ -255,15 +237,10 @@ def jaccard(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Compute the Jaccard index, intersection over union, of each head and object.
 
-    Args:
-        patches: bool (B, heads, H, W), what each head keeps.
-        masks: uint8 (B, height, width), in pixels, multiples of H and W: 0 background,
-            VOID, else the object, 1 to OBJECTS.
-        void_counts: as in `Protocol`.
-
-    Returns:
-        float32 (B, heads, OBJECTS), 0 where there is no such object, and bool
-        (B, OBJECTS), whether there is.
+    `patches`, bool (B, heads, H, W), are what each head keeps. `masks`, uint8 (B, height,
+    width), in pixels, multiples of H and W, have 0 for the background, VOID, or the
+    object, 1 to OBJECTS. Return float32 (B, heads, OBJECTS), 0 where there is no such
+    object, and bool (B, OBJECTS), whether there is.
     """
     # A patch covers its pixels, as by nearest upsampling. So counting the pixels of each
     # object in each patch, once, leaves matrix products over the patches.
@@ -283,7 +260,7 @@ def jaccard(
 
 
 @torch.inference_mode()
-def segment(predictions: Iterable, protocol: Protocol) -> dict:
+def segment(predictions: Iterable, protocol: dict) -> dict:
     """Measure how well the attention covers the objects, from what `predict` yields.
 
     For each object the head with the best Jaccard index counts; the mean is over the
@@ -297,20 +274,18 @@ def segment(predictions: Iterable, protocol: Protocol) -> dict:
     """
     batches = []
     for _, similarity, masks in predictions:
-        rules = mass_mask(similarity, protocol.mass), threshold_at_mean(similarity) > 0
-        patches = torch.cat(rules, 1)  # (B, 2 * heads, H, W)
-        index, present = jaccard(patches, masks, protocol.void_counts)
+        kept = mass_mask(similarity, protocol["mass"])
+        kept = torch.cat((kept, threshold_at_mean(similarity) > 0), 1)  # by both rules
+        index, present = jaccard(kept, masks, protocol["void_counts"])
         zero = 0 * similarity.sum((-2, -1))  # or NaN if a score is not finite
         index = index.unflatten(1, (2, -1)) + zero[:, None, :, None]  # by rule
-        number = present.sum(1)[:, None]  # (B, 1), of objects
-        best = 100 * index.amax(2).sum(-1) / number  # (B, 2)
-        heads = 100 * index.sum(-1) / number[..., None]  # (B, 2, heads)
+        some = present.any(1)  # images with objects
+        index, number = index[some], present[some].sum(1)[:, None]
+        best = 100 * index.amax(2).sum(-1) / number  # (images, 2)
+        heads = 100 * index.sum(-1) / number[..., None]  # (images, 2, heads)
         batch = {"jaccard_mass": best[:, 0], "jaccard_mass_per_head": heads[:, 0]}
         batch |= {"jaccard_mean": best[:, 1], "jaccard_mean_per_head": heads[:, 1]}
-        batches.append(batch | {"present": present} | _statistics(similarity))
-    for batch in batches:  # not in the loop above: a selection waits for the GPU
-        some = batch.pop("present").any(1)
-        batch |= {key: batch[key][some] for key in batch if "jaccard" in key}
+        batches.append(batch | _statistics(similarity))
     means, counts = _average(batches)
     images, with_objects = counts["entropy_per_head"], counts["jaccard_mass"]
     return {"images": images, "images_with_objects": with_objects, **means}
@@ -408,7 +383,7 @@ def draw_attention(
     rows = [stack([label("", side), label("", margin), *blocks], across=True)]
     for n, image in enumerate(images):
         tile = enlarge(image, TILE)
-        text = [label(line, side) for line in textwrap.wrap(captions[n], 44)]
+        text = [label(line, side) for line in textwrap.wrap(captions[n], 40)]
         columns = [stack([enlarge(image, side), *text])]
         columns.append(stack([label(name, margin, tile.height) for name in names]))
         for each in maps.values():
@@ -457,12 +432,7 @@ def load_trained(path: str, args: Namespace) -> Trained:
         epochs = f"{checkpoint['epoch']} of {settings['epochs']} epochs"
         say(f"{path}: {settings['model']} after {epochs}")
     else:
-        settings, classes = PRETRAINED, None
-        if args.classes:
-            count = getattr(model.head, "out_features", 0)
-            classes = read_class_names(args.classes, count)
-        mean = tuple(args.mean or data.IMAGENET_MEAN)
-        std = tuple(args.std or data.IMAGENET_STD)
+        settings, classes, mean, std = PRETRAINED, None, args.mean, args.std
         say(f"{loaded}; images are normalized with mean {mean}, std {std}")
     model.to(args.device).eval()
     return Trained(model, path, settings, classes, mean, std)
@@ -497,7 +467,7 @@ def read_class_names(path: str, count: int) -> list[str]:
 
 
 def match_classes(
-    trained: Trained, dataset: data.Images, name: str
+    args: Namespace, trained: Trained, dataset: data.Images, name: str
 ) -> torch.Tensor | None:
     """Map the classes of a dataset to those of the model, by name.
 
@@ -507,20 +477,18 @@ def match_classes(
     count = getattr(trained.model.head, "out_features", 0)
     if not count:
         raise ValueError(f"{path} has no head to classify with")
+    if known is None and args.classes:
+        known = read_class_names(args.classes, count)
     if not known or not dataset.classes:
         there = len(dataset.classes) or int(dataset.targets.max()) + 1
         if there != count:
-            raise ValueError(
-                f"{path} has {count} classes and {name} {there}, and without names they "
-                "cannot be matched; --classes names those of a pretrained checkpoint"
-            )
+            counts = f"{path} has {count} classes and {name} {there}"
+            raise ValueError(f"{counts}; without names (--classes) they do not match")
         say(f"{name}: there are no class names, so classes are matched by their order")
         return None
     if unknown := [each for each in dataset.classes if each not in known]:
-        raise ValueError(
-            f"{path} does not know {len(unknown)} of the {len(dataset.classes)} classes "
-            f"of {name}, such as {', '.join(unknown[:5])}"
-        )
+        names = ", ".join(unknown[:5])
+        raise ValueError(f"{path} lacks {len(unknown)} classes of {name}: {names}")
     indices = [known.index(each) for each in dataset.classes]
     classes = torch.tensor(indices, device=trained.model.pos_embed.device)
     if len(classes) < count:
@@ -556,9 +524,7 @@ def predict_all(
 
 def test_images(args: Namespace, transform: Callable) -> data.Images:
     if args.dataset not in data.DATASETS:
-        raise ValueError(
-            "no dataset is known: add --dataset, or --images for a picture"
-        )
+        raise ValueError("no dataset is known: add --dataset, or --images to draw")
     return data.load_dataset(args.dataset, args.data_dir, "test", transform)
 
 
@@ -586,7 +552,7 @@ def report_accuracy(args: Namespace, trained: Trained, report: dict) -> None:
     """Classify the test images of a dataset."""
     model, crop = trained.at(args.img_size), args.crop or trained.settings["crop"]
     dataset = test_images(args, data.test_transform(model.img_size[0], crop=crop))
-    classes = match_classes(trained, dataset, args.dataset)
+    classes = match_classes(args, trained, dataset, args.dataset)
     say_input(f"{args.dataset}, test split, crop {crop}", model, args)
     result = evaluate(predict_all(model, dataset, trained, args), classes)
     line = "{images} images   top-1 {acc1:.2f}%   top-5 {acc5:.2f}%   loss {loss:.4f}"
@@ -601,7 +567,7 @@ def report_corruptions(args: Namespace, trained: Trained, report: dict) -> None:
     folder, model = args.corruptions, trained.at(args.img_size)
     found = data.load_corruptions(folder)
     first = next(load() for loads in found.values() for load in loads.values())
-    classes = match_classes(trained, first, folder)
+    classes = match_classes(args, trained, first, folder)
     known = [len(found[name]) for name in ALEXNET_ERRORS if name in found]
     if args.mce and not (first.classes and known and min(known) == 5):
         raise ValueError("--mce needs corruptions of ImageNet-C, with five severities")
@@ -637,12 +603,13 @@ def report_corruptions(args: Namespace, trained: Trained, report: dict) -> None:
 def report_segmentation(args: Namespace, trained: Trained, report: dict) -> None:
     """Compare the attention with the masks of objects."""
     name, protocol = args.segmentation, PROTOCOLS[args.protocol]
-    size = protocol.size if name in PHOTOGRAPHS else None
+    # Photographs are resized to the protocol's size, other images to the model's.
+    size = protocol["size"] if name in ("voc2012", "pets") else None
     model = trained.at(args.img_size or size)
     masks = data.load_masks(name, args.data_dir, model.img_size, args.masks)
     say_input(f"{name}, {'val' if name == 'voc2012' else 'test'} split", model, args)
-    share = f"{protocol.mass:.0%} of the attention"
-    void = "count as background" if protocol.void_counts else "are excluded"
+    share = f"{protocol['mass']:.0%} of the attention"
+    void = "count as background" if protocol["void_counts"] else "are excluded"
     say(f"protocol {args.protocol}: {share}, void pixels {void}")
     result = segment(predict_all(model, masks, trained, args), protocol)
     say("{images} images, {images_with_objects} with objects".format(**result))
@@ -658,10 +625,9 @@ def report_segmentation(args: Namespace, trained: Trained, report: dict) -> None
 def attention_maps(
     image: Image.Image, trained: Trained, args: Namespace
 ) -> torch.Tensor:
-    """Return the similarity maps, (heads, H, W), of an image of any size.
+    """Return the similarity maps, (heads, H, W), of an image of any size and aspect ratio.
 
-    Its shorter side becomes that of the model; the longer one keeps the aspect ratio, to
-    whole patches.
+    Its shorter side becomes that of the model, and the longer one whole patches.
     """
     patch = trained.model.patch_size
     shorter = args.img_size or trained.model.img_size[0]
@@ -677,36 +643,25 @@ def report_picture(args: Namespace, trained: Trained, report: dict) -> None:
     """Draw the attention on one's own images, or on those of the dataset."""
     models = [trained]
     if args.compare:
-        args.classes = None  # those of the first
         models.append(load_trained(args.compare, args))
-    for each in models:
-        each.at(args.img_size)  # raises if the patches do not fit
-    titles = [each.path.removesuffix("/checkpoint.pt") for each in models]
     if args.images:
         one = os.path.isfile(args.images)
         files = [args.images] if one else data.list_images(args.images)
-        if not files:
-            raise FileNotFoundError(f"there are no images in {args.images}")
         count = min(args.rows, len(files))
         files = [files[n * len(files) // count] for n in range(count)]
         images = [data.open_image(file) for file in files]
-        captions = [Path(file).stem for file in files]
-        if not one:
-            captions = [
-                str(Path(f).relative_to(args.images).with_suffix("")) for f in files
-            ]
+        captions = ["/".join(Path(file).parts[-2:]) for file in files]
     else:
         dataset = test_images(args, v2.ToPILImage())
         count = min(args.rows, len(dataset))
         chosen = data.balanced_subset(dataset, count, seed=0).indices
-        images = [dataset[index][0].convert("RGB") for index in chosen]
-        labels = [dataset.classes[dataset.targets[index]] for index in chosen]
-        captions = [f"{label}, image {index}" for label, index in zip(labels, chosen)]
-    maps = {
-        title: [attention_maps(image, each, args) for image in images]
-        for title, each in zip(titles, models)
-    }
-    mass = PROTOCOLS[args.protocol].mass
+        images = [dataset[n][0].convert("RGB") for n in chosen]
+        captions = [f"{dataset.classes[dataset.targets[n]]}, image {n}" for n in chosen]
+    maps = {}
+    for each in models:
+        title = each.path.removesuffix("/checkpoint.pt")
+        maps[title] = [attention_maps(image, each, args) for image in images]
+    mass = PROTOCOLS[args.protocol]["mass"]
     draw_attention(images, captions, maps, mass).save(args.attention)
     say(f"wrote {args.attention}, images: {len(images)}")
     report["attention"] = {"file": args.attention, "images": captions, "mass": mass}
@@ -728,36 +683,29 @@ def make_parser() -> argparse.ArgumentParser:
     add("--checkpoint", type=path, help="a run or pretrained checkpoint [newest run]")
     add("--model-ema", action="store_true", help="evaluate the EMA weights [off]")
     add("--device", help="cuda, cuda:N, mps or cpu [the first available]")
-    amp = "mixed precision in bfloat16 [as in training, on a device of the same kind]"
+    amp = "bfloat16 [as in training, on a device of the same kind]"
     add("--amp", action=argparse.BooleanOptionalAction, help=amp)
     add("--batch-size", type=int, help="images at a time [as in training, or 64]")
     add("--workers", type=int, default=0, help="loader processes [%(default)s]")
-    size = "side of the images in pixels [as in training, or the protocol's]"
-    add("--img-size", type=int, help=size)
+    add("--img-size", type=int, help="in pixels [as in training, or the protocol's]")
     add("--json", type=path, metavar="FILE.json", help="write all measurements there")
 
     add = parser.add_argument_group("accuracy").add_argument
     names = f"{', '.join(data.DATASETS)} [as in training]"
     add("--dataset", choices=data.DATASETS, metavar="NAME", help=names)
-    add(
-        "--data-dir", type=path, help="folder of the datasets [as in training, or data]"
-    )
+    add("--data-dir", type=path, help="folder of datasets [as in training, or data]")
     crop = "resized: resize, then crop the center; whole: only resize [as in training]"
     add("--crop", choices=("resized", "whole"), help=crop)
     corruptions = "folder of ImageNet-C (by default with --crop whole) or CIFAR-C"
     add("--corruptions", type=path, help=corruptions)
-    mce = "also the mean corruption error, relative to AlexNet's [off]"
-    add("--mce", action="store_true", help=mce)
+    add("--mce", action="store_true", help="also errors relative to AlexNet's [off]")
 
     add = parser.add_argument_group("attention").add_argument
     names = f"Jaccard index of attention and objects: {', '.join(data.MASKS)}"
     add("--segmentation", choices=data.MASKS, metavar="NAME", help=names)
     masks = "for --segmentation folder: of cat/a.jpg the mask is DIR/cat/a.png"
     add("--masks", type=path, metavar="DIR", help=masks)
-    protocol = (
-        "of the Jaccard index; with sar and ipvit void pixels count, ipvit keeps "
-    )
-    protocol += "90%% of the attention, not 60 [%(default)s]"
+    protocol = "with sar and ipvit void pixels count; ipvit keeps 90%% [%(default)s]"
     add("--protocol", choices=PROTOCOLS, default="dino", help=protocol)
     add("--attention", type=path, metavar="FILE.png", help="draw the attention")
     add("--images", type=path, help="image or folder to draw it for [the dataset's]")
@@ -769,8 +717,8 @@ def make_parser() -> argparse.ArgumentParser:
     add("--model", choices=MODELS, help="its architecture")
     floats = {"type": float, "nargs": 3, "metavar": "X"}
     floats["help"] = "of each channel, on the scale 0 to 1 [ImageNet's]"
-    add("--mean", **floats)
-    add("--std", **floats)
+    add("--mean", default=data.IMAGENET_MEAN, **floats)
+    add("--std", default=data.IMAGENET_STD, **floats)
     classes = "names of its classes: a file of lines, or a folder of class folders"
     add("--classes", type=path, metavar="PATH", help=classes)
     return parser
@@ -785,17 +733,12 @@ def parse_args() -> Namespace:
             parser.error(f"--{option} needs --{partner}")
     if (args.segmentation == "folder") != bool(args.masks):
         parser.error("--segmentation folder needs --masks DIR, and no other takes it")
-    limits = {"batch_size": 1, "img_size": 1, "rows": 1, "workers": 0}
-    for option, least in limits.items():
-        if getattr(args, option) is not None and getattr(args, option) < least:
-            parser.error(f"--{option.replace('_', '-')} must be at least {least}")
-    for option, suffix in {"attention": ".png", "json": ".json"}.items():
-        file = getattr(args, option) or f"a{suffix}"
-        if not file.endswith(suffix) or not os.path.isdir(os.path.dirname(file) or "."):
-            needed = f"a file name with {suffix}, in a folder that exists"
-            parser.error(f"--{option} takes {needed}, not {file}")
-    mean, std = args.mean or data.IMAGENET_MEAN, args.std or data.IMAGENET_STD
-    if not (0 <= min(mean) <= max(mean) <= 1 and 0 < min(std) <= max(std) <= 1):
+    if args.rows < 1:
+        parser.error("--rows must be at least 1")
+    for file, suffix in ((args.attention, ".png"), (args.json, ".json")):
+        if file and not (file.endswith(suffix) and Path(file).parent.is_dir()):
+            parser.error(f"{file} is not a {suffix} file in a folder that exists")
+    if max(*args.mean, *args.std) > 1:
         parser.error("--mean and --std must be on the scale of 0 to 1")
     return args
 
