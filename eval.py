@@ -792,8 +792,7 @@ def main() -> None:
         say("", stays=False)
         # A worker's error message is a traceback: take the last line.
         reason = (str(error).strip() or repr(error)).splitlines()[-1]
-        print(f"eval.py: error: {reason.removeprefix('OSError: ')}", file=sys.stderr)
-        sys.exit(2)
+        make_parser().error(reason.removeprefix("OSError: "))
     except KeyboardInterrupt:
         sys.exit(130)
 

@@ -1210,16 +1210,18 @@ def test_what_resume_takes(tiny, tmp_path, monkeypatch, capsys, error_of) -> Non
     before = log.read_text()
     monkeypatch.setattr(urllib.request, "urlopen", no_network)
     used = error_of(f"train {TINY} --output-dir {folder}")
-    assert f"or continue it with --resume {folder}\n" in used
+    assert f"{folder} contains a run: --resume it" in used
     for options, message in {
-        "--lr 0.1": "continues a run with its settings: --lr cannot change",
+        "--lr 0.1": "--lr cannot change when a run is resumed",
         "--no-model-ema": "--model-ema cannot change",
     }.items():
         assert message in error_of(f"{again} {options}")
     for header, message in {
         "5": f"'{folder}' holds no run to resume",
         "{}": f"'{folder}' holds no run to resume",
-        before.replace('"world_size": 1', '"world_size": 2'): "of 2 processes, not 1",
+        before.replace(
+            '"world_size": 1', '"world_size": 2'
+        ): "resume with 2 processes, not 1",
     }.items():
         log.write_text(header)
         assert message in error_of(again)
@@ -1786,7 +1788,7 @@ BAD_INPUT = {
     "train --epochs 0": "--epochs must be at least 1, not 0",
     "train --pos-std 2": "--pos-std must be at least 1e-06 and at most 1, not 2.0",
     "train --lr nan": "--lr must be at least 0, not nan",
-    "train --output-dir used": "used already contains a run; use another --output-dir, or",
+    "train --output-dir used": "used contains a run: --resume it, or set --output-dir",
     "train --resume used": "'used' holds no run to resume",
     "train --dataset cifar100 --finetune none.pt": "no checkpoint at none.pt",
     "train --finetune used/checkpoint.pt": "used/checkpoint.pt is damaged or not",

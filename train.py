@@ -13,7 +13,6 @@ settings, then a line for each epoch.
 """
 
 import argparse
-import contextlib
 import copy
 import io
 import json
@@ -39,59 +38,30 @@ from torch.nn.utils import clip_grad_norm_
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torch.utils.data import DataLoader
 
-from data import (
-    DATASETS,
-    balanced_subset,
-    load_dataset,
-    make_loader,
-    make_mix,
-    normalizer,
-    test_transform,
-    train_transform,
-)
+import data
 from entropy import spatial_entropy
 from eval import choose_device, evaluate, hardware, predict, say
-from model import (
-    MODELS,
-    VisionTransformer,
-    load_model,
-    load_weights,
-    read_checkpoint,
-)
+from model import MODELS, VisionTransformer, load_model, load_weights, read_checkpoint
 
-# Defaults, in pairs: the authors' recipe for small datasets, which is DeiT's for 100 epochs,
-# and a recipe for shapes that takes minutes on a CPU, with a lambda that shows what SAR does.
-DEFAULTS = {
-    "model": ("vit_small", "vit_mini"),
-    "img_size": (224, 56),
-    "patch_size": (16, 8),
-    "crop": (None, "whole"),  # None goes by img_size
-    "aa": ("rand-m9", "none"),
-    "reprob": (0.25, 0.0),
-    "mixup": (0.8, 0.0),
-    "cutmix": (1.0, 0.0),
-    "drop_path": (0.1, 0.0),
-    "sar_lambda": (0.01, 0.3),
-    "epochs": (100, 10),
-    "batch_size": (128, 32),  # 128 per GPU in their ImageNet command
-    "lr": (5e-4, 0.0128),
-    "warmup_epochs": (5.0, 2.0),
-    "smoothing": (0.1, 0.0),
-    "model_ema": (True, False),
+# The defaults of the options are the authors' recipe for small datasets, which is DeiT's
+# for 100 epochs. These datasets have others: shapes takes minutes on a CPU, with a lambda
+# that shows what SAR does.
+RECIPES = {
+    "imagenet": "--epochs 300",
+    "shapes": """
+        --model vit_mini --img-size 56 --patch-size 8 --crop whole --aa none --reprob 0
+        --mixup 0 --cutmix 0 --drop-path 0 --smoothing 0 --no-model-ema --sar-lambda 0.3
+        --epochs 10 --batch-size 32 --lr 0.0128 --warmup-epochs 2
+    """,
 }
-RECIPE, SHAPES_RECIPE = ({k: v[i] for k, v in DEFAULTS.items()} for i in (0, 1))
-RECIPES = {name: RECIPE for name in DATASETS}
-RECIPES |= {"shapes": SHAPES_RECIPE, "imagenet": RECIPE | {"epochs": 300}}
 SAR_WARMUP_EPOCHS = 10  # of lambda
 MAY_CHANGE = {"device", "workers", "data_dir", "compile"}  # when a run is resumed
-NO_SETTINGS = {"help", "resume", "rank"}  # not for the log
+NO_SETTINGS = {"resume", "rank"}  # not for the log
 LIMITS = (
     (1, math.inf, "epochs batch_size img_size patch_size train_size val_interval"),
     (0, math.inf, "sar_lambda lr min_lr warmup_lr warmup_epochs weight_decay"),
     (0, math.inf, "clip_grad mixup cutmix workers"),
-    (0, 2**31, "seed"),
-    (0, 1, "reprob smoothing model_ema_decay"),
-    (0, 0.99, "drop_path"),
+    (0, 1, "reprob smoothing drop_path model_ema_decay"),
     (1e-6, 1, "pos_std"),
 )
 
@@ -105,7 +75,6 @@ def make_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         usage=argparse.SUPPRESS,
         allow_abbrev=False,
-        add_help=False,  # --help shows the defaults for --dataset
     )
     switch, path = argparse.BooleanOptionalAction, os.path.expanduser
 
@@ -115,58 +84,58 @@ def make_parser() -> argparse.ArgumentParser:
         group.add_argument(option, help=text, **options)
 
     group = parser.add_argument_group("data (here and below, defaults are in brackets)")
-    names = ", ".join(DATASETS)
-    add("--dataset", names, choices=DATASETS, default="shapes", metavar="NAME")
+    names = ", ".join(data.DATASETS)
+    add("--dataset", names, choices=data.DATASETS, default="shapes", metavar="NAME")
     add("--data-dir", "folder of the datasets", type=path, default="data")
     add("--train-size", "number of images, balanced over classes [all]", type=int)
-    add("--img-size", "side of the images in pixels", type=int)
+    add("--img-size", "side of the images in pixels", type=int, default=224)
     crop = "resized: a random area; padded: shifted by up to an eighth of the side; whole: "
     crop += "unshifted [whole for shapes; padded if --img-size <= 32; else resized]"
     add("--crop", crop, choices=("resized", "padded", "whole"))
     aa = ("none", *(f"rand-m{magnitude}" for magnitude in range(1, 11)))
-    add("--aa", "RandAugment, M from 1 to 10, or none", choices=aa, metavar="rand-mM")
-    add("--reprob", "probability of random erasing", type=float)
-    add("--mixup", "alpha of mixup, 0 is off", type=float)
-    add("--cutmix", "alpha of cutmix, 0 is off", type=float)
+    add("--aa", "RandAugment", choices=aa, default="rand-m9", metavar="none|rand-mM")
+    add("--reprob", "probability of random erasing", type=float, default=0.25)
+    add("--mixup", "alpha of mixup, 0 is off", type=float, default=0.8)
+    add("--cutmix", "alpha of cutmix, 0 is off", type=float, default=1.0)
     add("--workers", "loader processes [0 on a CPU, else up to 16]", type=int)
 
     group = parser.add_argument_group("model")
-    add("--model", "preset", choices=MODELS)
-    add("--patch-size", "side of the patches in pixels", type=int)
-    pool = "cls: classify the CLS token; mean: the mean of the patches"
+    add("--model", "preset", choices=MODELS, default="vit_small")
+    add("--patch-size", "side of the patches in pixels", type=int, default=16)
+    pool = "classify the CLS token, or the mean of the patches"
     add("--pool", pool, choices=("cls", "mean"), default="cls")
     pos_std = "standard deviation of the initial position embedding"
     add("--pos-std", pos_std, type=float, default=0.02)
-    add("--drop-path", "stochastic depth, rising to this in the last block", type=float)
+    drop_path = "stochastic depth, rising to this in the last block"
+    add("--drop-path", drop_path, type=float, default=0.1)
     finetune = "start from a checkpoint of timm, DeiT, DINO or a run [none]"
     add("--finetune", finetune, type=path, metavar="FILE")
 
     group = parser.add_argument_group("SAR")
-    add("--sar-lambda", "weight of the entropy, 0 is the plain ViT", type=float)
-    shape = "lambda rises for 10 epochs (at most half of the run), then falls to 0; or "
-    shape += "it is constant"
+    sar_lambda = "weight of the entropy, 0 is the plain ViT"
+    add("--sar-lambda", sar_lambda, type=float, default=0.01)
+    shape = "rise for 10 epochs (at most half of the run), then fall to 0; or constant"
     add("--sar-schedule", shape, choices=("cosine", "constant"), default="cosine")
     last_skip = "keep the skip connection around the last attention and the LayerNorm "
     last_skip += "after it [only if lambda is 0, as in the paper]"
     add("--last-skip", last_skip, action=switch)
 
     group = parser.add_argument_group("optimization")
-    add("--epochs", "passes over the training images", type=int)
-    add("--batch-size", "images per step and process", type=int)
-    add("--lr", "peak learning rate for 512 images, scaled with the batch", type=float)
+    add("--epochs", "passes over the training images", type=int, default=100)
+    add("--batch-size", "images per step and process", type=int, default=128)
+    lr = "peak learning rate for 512 images, scaled with the batch"
+    add("--lr", lr, type=float, default=5e-4)
     add("--min-lr", "final learning rate, not scaled", type=float, default=1e-5)
     add("--warmup-lr", "initial learning rate, not scaled", type=float, default=1e-6)
     warmup = "epochs of linear warm-up, at most half of the run"
-    add("--warmup-epochs", warmup, type=float)
+    add("--warmup-epochs", warmup, type=float, default=5.0)
     add("--weight-decay", "decay of weight matrices", type=float, default=0.05)
     add("--clip-grad", "maximum gradient norm, 0 is off", type=float, default=0.0)
-    add("--smoothing", "label smoothing", type=float)
-    add("--model-ema", "also evaluate a moving average of the weights", action=switch)
+    add("--smoothing", "label smoothing", type=float, default=0.1)
+    add("--model-ema", "also evaluate EMA weights", action=switch, default=True)
     add("--model-ema-decay", "EMA decay per step", type=float, default=0.99996)
 
     group = parser.add_argument_group("run")
-    help_text = "show this, with the defaults for --dataset"
-    group.add_argument("-h", "--help", action="store_true", help=help_text)
     output_dir = "folder of the run [runs/DATASET-MODEL-lambdaL-seedS]"
     add("--output-dir", output_dir, type=path)
     resume = "continue a run with its settings; only --device, --workers, --data-dir "
@@ -174,46 +143,44 @@ def make_parser() -> argparse.ArgumentParser:
     add("--resume", resume, type=path, metavar="RUN_DIR")
     add("--seed", "random seed", type=int, default=0)
     add("--device", "cuda, cuda:N, mps or cpu [the first available]")
-    amp = "mixed precision in bfloat16 [on CUDA GPUs that support it]"
-    add("--amp", amp, action=switch)
+    add("--amp", "bfloat16 autocast [on CUDA GPUs that support it]", action=switch)
     interval = "test every N epochs, and after the last"
     add("--val-interval", interval, type=int, default=1, metavar="N")
     add("--compile", "torch.compile model and loss", action=switch, default=False)
-    parser.set_defaults(**RECIPES["shapes"])
     return parser
 
 
-def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+def parse_args(arguments: Sequence[str]) -> argparse.Namespace:
     """Parse twice: for the dataset or run that decides the defaults, then with these."""
     parser = make_parser()
-    args = parser.parse_args(arguments)
+    args = parser.parse_args([x for x in arguments if x not in ("-h", "--help")])
     if args.resume is not None:
-        defaults = settings_of_run(parser, args.resume)
+        try:
+            with open(os.path.join(args.resume, "log.jsonl")) as log:
+                defaults = json.loads(log.readline()) | {"output_dir": args.resume}
+            defaults["world_size"]  # which every run has
+        except (OSError, ValueError, TypeError, KeyError):
+            parser.error(f"{args.resume!r} holds no run to resume")
     else:
-        defaults = dict(RECIPES[args.dataset])
+        defaults = vars(parser.parse_args(RECIPES.get(args.dataset, "").split()))
         if args.finetune:
             defaults["warmup_epochs"] = min(defaults["warmup_epochs"], 3.0)
+            if not os.path.isfile(args.finetune):
+                parser.error(f"no checkpoint at {args.finetune}")
     parser.set_defaults(**defaults)
     args = parser.parse_args(arguments)
-    if args.help:
-        parser.print_help()
-        parser.exit()
     if args.resume is not None:
-        for name in sorted(defaults.keys() - MAY_CHANGE):
+        for name in sorted(defaults.keys() - MAY_CHANGE - NO_SETTINGS):
             if getattr(args, name) != defaults[name]:
                 option = f"--{name.replace('_', '-')}"
-                parser.error(
-                    f"--resume continues a run with its settings: {option} cannot change"
-                )
+                parser.error(f"{option} cannot change when a run is resumed")
     for low, high, names in LIMITS:
         for name in names.split():
             value = getattr(args, name)
-            if value is not None and not (low <= value <= high and value < math.inf):
+            if value is not None and not low <= value <= high:
                 upper = f" and at most {high}" if high < math.inf else ""
                 option = f"--{name.replace('_', '-')}"
                 parser.error(f"{option} must be at least {low}{upper}, not {value}")
-    if args.finetune and args.resume is None and not os.path.isfile(args.finetune):
-        parser.error(f"no checkpoint at {args.finetune}")
     if args.crop is None:  # the authors' rule
         args.crop = "padded" if args.img_size <= 32 else "resized"
     if args.last_skip is None:
@@ -222,17 +189,6 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         name = f"{args.dataset}-{args.model}-lambda{args.sar_lambda:g}-seed{args.seed}"
         args.output_dir = os.path.join("runs", name)
     return args
-
-
-def settings_of_run(parser: argparse.ArgumentParser, folder: str) -> dict:
-    """Read the settings of a run from the first line of its log."""
-    try:
-        with open(os.path.join(folder, "log.jsonl")) as file:
-            settings = json.loads(file.readline())
-        settings["world_size"]  # which every run has
-        return settings | {"output_dir": folder}
-    except (OSError, ValueError, TypeError, KeyError):
-        parser.error(f"{folder!r} holds no run to resume")
 
 
 # ------------------------------------------------------------------ schedules and loss
@@ -394,27 +350,26 @@ def summary(line: dict, args: argparse.Namespace) -> str:
     return f"{text}{timedelta(seconds=left)} left"
 
 
-def write(file: Path, content: bytes) -> None:
-    """Write a file whole or not at all: under another name first, then renamed."""
-    partial_file = file.with_name(f"{file.name}.partial")
-    try:
-        with partial_file.open("wb") as opened:
-            opened.write(content)
-            opened.flush()
-            os.fsync(opened.fileno())
-        partial_file.replace(file)
-    except OSError as error:
-        partial_file.unlink(missing_ok=True)
-        raise OSError(f"{file} cannot be written: {error.strerror}") from error
-
-
 def save(folder: Path, checkpoint: dict) -> None:
-    """Write log.jsonl, then checkpoint.pt, from which --resume restores the log."""
+    """Write log.jsonl, then checkpoint.pt, from which --resume restores the log.
+
+    Each is written whole or not at all: under another name first, then renamed.
+    """
     lines = "".join(json.dumps(line) + "\n" for line in checkpoint["log"])
-    write(folder / "log.jsonl", lines.encode())
     buffer = io.BytesIO()
     torch.save(checkpoint, buffer)
-    write(folder / "checkpoint.pt", buffer.getbuffer())
+    contents = {"log.jsonl": lines.encode(), "checkpoint.pt": buffer.getbuffer()}
+    for name, content in contents.items():
+        file, partial_file = folder / name, folder / f"{name}.partial"
+        try:
+            with partial_file.open("wb") as opened:
+                opened.write(content)
+                opened.flush()
+                os.fsync(opened.fileno())
+            partial_file.replace(file)
+        except OSError as error:
+            partial_file.unlink(missing_ok=True)
+            raise OSError(f"{file} cannot be written: {error.strerror}") from error
 
 
 def set_up(args: argparse.Namespace) -> torch.device:
@@ -431,10 +386,7 @@ def set_up(args: argparse.Namespace) -> torch.device:
     if args.rank > 0:
         sys.stdout = io.StringIO()  # print on rank 0 only
     if args.resume is not None and args.world_size != world_size:
-        raise ValueError(
-            f"{args.resume} is a run of {args.world_size} processes, not {world_size}; "
-            "resume it with torchrun and as many"
-        )
+        raise ValueError(f"resume with {args.world_size} processes, not {world_size}")
     args.device, args.world_size = args.device or device.type, world_size
     args.global_batch = args.batch_size * world_size
     args.peak_lr = args.lr * args.global_batch / 512  # arXiv 1706.02677
@@ -452,21 +404,21 @@ def make_loaders(
     """Make the loaders of training and test images; return the classes' names too."""
     magnitude = 0 if args.aa == "none" else int(args.aa.removeprefix("rand-m"))
     options = {"crop": args.crop, "rand_augment": magnitude, "reprob": args.reprob}
-    augment = train_transform(args.dataset, args.img_size, **options)
-    plain = test_transform(args.img_size, crop=args.crop)
+    augment = data.train_transform(args.dataset, args.img_size, **options)
+    plain = data.test_transform(args.img_size, crop=args.crop)
     if args.rank > 0:
         dist.barrier()  # rank 0 is first, as it may download
-    train_set = load_dataset(args.dataset, args.data_dir, "train", augment)
-    test_set = load_dataset(args.dataset, args.data_dir, "test", plain)
+    train_set = data.load_dataset(args.dataset, args.data_dir, "train", augment)
+    test_set = data.load_dataset(args.dataset, args.data_dir, "test", plain)
     if args.rank == 0 and args.world_size > 1:
         dist.barrier()
     classes = train_set.classes
     if args.train_size:
-        train_set = balanced_subset(train_set, args.train_size, args.seed)
+        train_set = data.balanced_subset(train_set, args.train_size, args.seed)
     options = {"workers": args.workers, "pin_memory": device.type == "cuda"}
     options |= {"rank": args.rank, "world_size": args.world_size}
-    train_loader = make_loader(train_set, args.batch_size, train=True, **options)
-    test_loader = make_loader(test_set, args.batch_size, train=False, **options)
+    train_loader = data.make_loader(train_set, args.batch_size, train=True, **options)
+    test_loader = data.make_loader(test_set, args.batch_size, train=False, **options)
     counts = f"{len(train_set)} training and {len(test_set)} test images"
     say(f"{args.dataset}: {counts}, {len(classes)} classes")
     return train_loader, test_loader, classes
@@ -516,10 +468,7 @@ def train(args: argparse.Namespace) -> None:
     device, folder = set_up(args), Path(args.output_dir)
     used = any((folder / name).exists() for name in ("checkpoint.pt", "log.jsonl"))
     if args.resume is None and used:
-        raise ValueError(
-            f"{folder} already contains a run; use another --output-dir, or continue it "
-            f"with --resume {shlex.quote(args.output_dir)}"
-        )
+        raise ValueError(f"{folder} contains a run: --resume it, or set --output-dir")
     train_loader, test_loader, classes = make_loaders(args, device)
     model, checkpoint = open_run(args, device, classes)
     millions = sum(parameter.numel() for parameter in model.parameters()) / 1e6
@@ -539,13 +488,14 @@ def train(args: argparse.Namespace) -> None:
     losses_of = partial(losses, forward, regularizer)
     optimizer = make_optimizer(model, args.weight_decay)
     ema = copy.deepcopy(model).requires_grad_(False) if args.model_ema else None
+    models = {"model": model, "model_ema": ema} if ema else {"model": model}
     if checkpoint["epoch"]:
         optimizer.load_state_dict(checkpoint["optimizer"])
         if ema:
             ema.load_state_dict(checkpoint["model_ema"])
-    source = DATASETS[args.dataset]
-    normalize = normalizer(source.mean, source.std, device)
-    mix = make_mix(args.mixup, args.cutmix, len(classes))
+    source = data.DATASETS[args.dataset]
+    normalize = data.normalizer(source.mean, source.std, device)
+    mix = data.make_mix(args.mixup, args.cutmix, len(classes))
 
     def prepare(images: torch.Tensor, labels: torch.Tensor) -> tuple:
         images = normalize(images.to(device, non_blocking=True))
@@ -557,11 +507,10 @@ def train(args: argparse.Namespace) -> None:
             epoch, model, ema, optimizer, train_loader, prepare, losses_of, args
         )
         if (epoch + 1) % args.val_interval == 0 or epoch + 1 == args.epochs:
-            test = evaluate(predict(model, test_loader, normalize, device, args.amp))
-            line |= {f"test_{name}": value for name, value in test.items()}
-            if ema:
-                test = evaluate(predict(ema, test_loader, normalize, device, args.amp))
-                line |= {f"test_{name}_ema": value for name, value in test.items()}
+            for name, each in models.items():
+                test = evaluate(predict(each, test_loader, normalize, device, args.amp))
+                suffix = name.removeprefix("model")
+                line |= {f"test_{key}{suffix}": value for key, value in test.items()}
         finite = torch.stack([w.isfinite().all() for w in model.parameters()]).all()
         if not finite or not math.isfinite(line.get("test_loss", 0)):
             raise FloatingPointError(
@@ -569,14 +518,9 @@ def train(args: argparse.Namespace) -> None:
                 f"cross-entropy {line.get('test_loss')}, learning rate {line['lr']:g}"
             )
         line["seconds"] = time.perf_counter() - start
-        checkpoint |= {
-            "epoch": epoch + 1,
-            "model": model.state_dict(),
-            "optimizer": optimizer.state_dict(),
-            "log": [*checkpoint["log"], line],
-        }
-        if ema:
-            checkpoint["model_ema"] = ema.state_dict()
+        checkpoint["log"].append(line)
+        checkpoint |= {"epoch": epoch + 1, "optimizer": optimizer.state_dict()}
+        checkpoint |= {name: each.state_dict() for name, each in models.items()}
         if args.rank == 0:
             save(folder, checkpoint)
         say(summary(line, args))
@@ -593,21 +537,18 @@ def stop(args: argparse.Namespace, number: int, _: object) -> None:
     """
     if multiprocessing.parent_process():
         return  # a worker, which the main process ends
-    if hasattr(signal, "SIGCHLD"):  # not on Windows
-        # PyTorch's handler raises an error if a worker ends before this process.
-        signal.signal(signal.SIGCHLD, lambda *_: None)
     try:
         started = os.path.exists(os.path.join(args.output_dir, "log.jsonl"))
         hint = f"; continue: python train.py --resume {shlex.quote(args.output_dir)}"
         say(f"stopped{hint if started else ''}")
-    finally:
         for worker in multiprocessing.active_children():
             worker.kill()
+    finally:
         os._exit(128 + number)
 
 
 def main() -> None:
-    args = parse_args()
+    args = parse_args(sys.argv[1:])
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, partial(stop, args))
     try:
@@ -615,15 +556,12 @@ def main() -> None:
     except Exception as error:
         say("", stays=False)
         if "new_log" in args and not Path(args.output_dir, "checkpoint.pt").exists():
-            with contextlib.suppress(OSError):
-                args.new_log.unlink()  # a run that fails in epoch 1 leaves no log
+            args.new_log.unlink(missing_ok=True)  # a failure in epoch 1 leaves no log
         if not isinstance(error, (OSError, ValueError, FloatingPointError)):
             raise
         # Of a worker's error, which starts with a traceback, take the last line.
         reason = (str(error).strip() or repr(error)).splitlines()[-1]
-        reason = reason.removeprefix("OSError: ")
-        print(f"train.py: error: {reason}", file=sys.stderr)
-        sys.exit(2)
+        make_parser().error(reason.removeprefix("OSError: "))
 
 
 if __name__ == "__main__":

@@ -41,6 +41,7 @@ def time_in_turn(
     Each round runs all calls, in random order. On a GPU, `repeats` calls are timed
     together, so that the host can run ahead.
     """
+    synchronize = partial(torch.get_device_module(device).synchronize, device)
     times = {}
     for name, call in calls.items():
         try:
@@ -50,20 +51,15 @@ def time_in_turn(
             print(f"{name} is skipped: {error}")
     for _ in range(WARMUP + ROUNDS):
         for name in random.sample(list(times), len(times)):
-            synchronize(device)
+            synchronize()
             start = time.perf_counter()
             for _ in range(repeats):
                 calls[name]()
-            synchronize(device)
+            synchronize()
             times[name].append((time.perf_counter() - start) / repeats)
     for name in times:
         seconds = statistics.median(times[name][WARMUP:])
         print(f"{name:<24}{1e3 * seconds:10.2f} ms{images / seconds:12.1f} images/s")
-
-
-def synchronize(device: torch.device) -> None:
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)
 
 
 # ------------------------------------------------------------------------------ the loss
@@ -113,16 +109,13 @@ def time_loss(args: Namespace) -> None:
         entropies["CUDA graph"] = compiled(spatial_entropy, mode="reduce-overhead")
     entropies["OpenCV"] = opencv_entropy
 
-    def with_gradient(loss: Callable, maps: torch.Tensor) -> None:
-        torch.autograd.grad(loss(maps), maps)
-
     print(f"{images} images x 6 heads")
     for side in (14, 28, 56):
         maps = torch.randn(images, 6, side, side, device=device, requires_grad=True)
         mask = threshold_at_mean(maps) > 0
         calls = {f"labels, {name}": partial(f, mask) for name, f in labelings.items()}
         for name, loss in entropies.items():
-            calls[f"loss, {name}"] = partial(with_gradient, loss, maps)
+            calls[f"loss, {name}"] = lambda f=loss, x=maps: torch.autograd.grad(f(x), x)
         print(f"{side}x{side}")
         time_in_turn(calls, images, device)
 
@@ -179,15 +172,12 @@ def time_step(args: Namespace) -> None:
 
     print(f"{count} images of 224x224; loading one: {time_loading():.2f} ms")
     for mode in "eager", "compiled":
-        steps = {}
-        models = vit_small(args.device)
+        compiled = partial(torch.compile, disable=mode == "eager")
+        models, steps = vit_small(args.device), {}
         for name, model in models.items():
             optimizer = train.make_optimizer(model, weight_decay=0.05)
-            entropy = spatial_entropy if name == "SAR" else None
-            if mode == "compiled":
-                model = torch.compile(model)
-                entropy = entropy and torch.compile(entropy)
-            steps[name] = partial(step, model, entropy, optimizer)
+            entropy = compiled(spatial_entropy) if name == "SAR" else None
+            steps[name] = partial(step, compiled(model), entropy, optimizer)
         print(mode)
         time_in_turn(steps, count, args.device, repeats=10 if args.amp else 1)
         for name in steps if args.amp else ():

@@ -156,12 +156,11 @@ def read_run(run: str | Path) -> tuple[dict, dict]:
     return settings, found | {name: settings[name] for name in names}
 
 
-def collect(*folders: str) -> None:
+def collect(folder: str | Path) -> None:
     """Print one line of JSON for each measured run, FOLDER/SETTING/VARIANT-SEED."""
     may_differ = train.MAY_CHANGE | train.NO_SETTINGS
     may_differ |= {"amp", "output_dir", "val_interval"}
-    files = [file for each in folders for file in Path(each).glob("*/*/objects.json")]
-    for run in sorted(file.parent for file in files):
+    for run in sorted(file.parent for file in Path(folder).glob("*/*/objects.json")):
         setting, (variant, _, seed) = run.parent.name, run.name.rpartition("-")
         settings, found = read_run(run)
         wanted = vars(train.parse_args(options_of(setting, variant, seed).split()))
@@ -204,13 +203,13 @@ def measures_of(run: dict) -> dict[str, float]:
     return {name: found[name] for name in MEASURES if name in found}
 
 
-def spread(
-    values: list[float], decimals: int, sign: str = "", factor: float = 1
-) -> str:
+def spread(values: list, decimals: int, sign: str = "", factor: float = 1) -> str:
     """Format the mean, truncated, and `factor` standard deviations, rounded up."""
+    if not values:
+        return ""
     mean = round(statistics.mean(values) * 10**decimals, 6)
     text = f"{math.modf(mean)[1] / 10**decimals:{sign}.{decimals}f}"
-    if len(values) > 1:
+    if len(values) > 1 and factor:
         width = round(factor * statistics.stdev(values) * 10**decimals, 6)
         text += f" ± {math.ceil(width) / 10**decimals:.{decimals}f}"
     return text
@@ -222,14 +221,11 @@ def cell(groups: dict[str, Group], column: str, name: str) -> str:
     decimals = MEASURES[name][1]
     values = {seed: run[name] for seed, run in groups[group].items() if name in run}
     if not base:
-        return spread(list(values.values()), decimals) if values else ""
+        return spread(list(values.values()), decimals)
     others = {seed: run[name] for seed, run in groups[base].items() if name in run}
     pairs = [values[seed] - others[seed] for seed in values if seed in others]
-    if not pairs:
-        return ""
-    if len(pairs) < 3:  # too few for an interval
-        return spread([statistics.mean(pairs)], decimals, "+")
-    factor = STUDENT[min(len(pairs), 10) - 3] / len(pairs) ** 0.5
+    count = len(pairs)  # fewer than three are too few for an interval
+    factor = STUDENT[min(count, 10) - 3] / count**0.5 if count > 2 else 0
     return spread(pairs, decimals, "+", factor)
 
 
@@ -254,27 +250,20 @@ def print_groups(title: str, groups: dict[str, Group], columns: list[str]) -> No
 
 def compare(*words: str) -> None:
     """Print a table of groups of runs, separated by "--"; the first is the baseline."""
-    lists = [[]]
-    for word in words:
-        if word == "--":
-            lists.append([])
-        else:
-            lists[-1].append(word)
+    parts = itertools.groupby(words, lambda word: word == "--")
+    lists = [list(runs) for separator, runs in parts if not separator]
     groups, columns, datasets = {}, [], set()
     for letter, runs in zip(ascii_uppercase, lists):
         found = [read_run(run) for run in runs]
         datasets |= {settings["dataset"] for settings, _ in found}
         groups[letter] = {run["seed"]: measures_of(run) for _, run in found}
-        if len(groups[letter]) < max(len(runs), 1):
+        if len(groups[letter]) < len(runs):
             raise ValueError(f"a group needs runs of different seeds: {' '.join(runs)}")
         columns += [letter] if letter == "A" else [letter, f"{letter} - A"]
         print(f"{letter}: {' '.join(runs)}")
     if len(datasets) > 1:
         raise ValueError(f"the runs are of different datasets: {', '.join(datasets)}")
-    print(
-        "A: mean ± standard deviation; B - A: mean difference of runs with equal seeds,"
-    )
-    print("± half the width of its 95% confidence interval, for three pairs or more")
+    print("A: mean ± standard deviation; B - A: mean difference ± 95% interval")
     print_groups("", groups, columns)
 
 
@@ -330,8 +319,7 @@ def table() -> None:
 
 
 def main() -> None:
-    functions = (compare, objects, commands, collect, table)
-    actions = {function.__name__: function for function in functions}
+    actions = {f.__name__: f for f in (compare, objects, commands, collect, table)}
     action, *words = sys.argv[1:] or [""]
     if action not in actions:
         sys.exit(__doc__)
