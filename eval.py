@@ -687,7 +687,8 @@ def make_parser() -> argparse.ArgumentParser:
     add("--amp", action=argparse.BooleanOptionalAction, help=amp)
     add("--batch-size", type=int, help="images at a time [as in training, or 64]")
     add("--workers", type=int, default=0, help="loader processes [%(default)s]")
-    add("--img-size", type=int, help="in pixels [as in training, or the protocol's]")
+    size = "side in pixels [as in training, or the protocol's]"
+    add("--img-size", type=int, help=size)
     add("--json", type=path, metavar="FILE.json", help="write all measurements there")
 
     add = parser.add_argument_group("accuracy").add_argument
