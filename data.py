@@ -5,7 +5,6 @@ To add a dataset, add a row to `DATASETS`. Loaders give images as uint8 (B, 3, H
 labels as int64 (B,); `normalizer` makes the images float on the device.
 """
 
-import glob
 import math
 import os
 from collections import Counter
@@ -138,9 +137,19 @@ def _decode(path: str | os.PathLike) -> Image.Image:
 
 
 def list_images(folder: str | os.PathLike) -> list[str]:
-    """List the image files in a folder and its subfolders, sorted, without hidden ones."""
-    names = glob.glob("**/*", root_dir=folder, recursive=True)
-    found = [os.path.join(folder, name) for name in names if is_image_file(name)]
+    """List the image files in a folder and its subfolders, sorted, without hidden ones.
+
+    Raise FileNotFoundError if there are none.
+    """
+
+    def refuse(error: OSError) -> None:
+        raise error  # os.walk would skip a folder that it may not read
+
+    found = []
+    for root, folders, files in os.walk(folder, onerror=refuse, followlinks=True):
+        folders[:] = [name for name in folders if name[0] != "."]
+        names = [name for name in files if name[0] != "." and is_image_file(name)]
+        found += [os.path.join(root, name) for name in names]
     if not found:
         raise FileNotFoundError(f"there are no images in {folder}")
     return sorted(found, key=os.path.split)
@@ -160,7 +169,8 @@ def load_dataset(
     """Load a split, "train" or "test", of a dataset; torchvision downloads what it can.
 
     The transform is applied to each image, PIL or uint8 (C, H, W), as it is read. Raise
-    FileNotFoundError if the dataset is neither in `data_dir` nor downloaded, ValueError
+    FileNotFoundError if the dataset is neither in `data_dir` nor downloaded, or if a class
+    folder is empty, ValueError
     if its class folders do not fit or if SciPy is missing (SVHN, Flowers102).
     """
     source, data_dir = DATASETS[name], Path(data_dir)

@@ -482,8 +482,8 @@ def match_classes(
     if not known or not dataset.classes:
         there = len(dataset.classes) or int(dataset.targets.max()) + 1
         if there != count:
-            counts = f"{path} has {count} classes and {name} {there}"
-            raise ValueError(f"{counts}; without names (--classes) they do not match")
+            hint = "; name the former with --classes" if dataset.classes else ""
+            raise ValueError(f"{path} has {count} classes and {name} {there}{hint}")
         say(f"{name}: there are no class names, so classes are matched by their order")
         return None
     if unknown := [each for each in dataset.classes if each not in known]:
@@ -659,6 +659,7 @@ def report_picture(args: Namespace, trained: Trained, report: dict) -> None:
         captions = [f"{dataset.classes[dataset.targets[n]]}, image {n}" for n in chosen]
     maps = {}
     for each in models:
+        each.at(args.img_size)  # raises if the patches do not fit
         title = each.path.removesuffix("/checkpoint.pt")
         maps[title] = [attention_maps(image, each, args) for image in images]
     mass = PROTOCOLS[args.protocol]["mass"]
@@ -734,12 +735,13 @@ def parse_args() -> Namespace:
             parser.error(f"--{option} needs --{partner}")
     if (args.segmentation == "folder") != bool(args.masks):
         parser.error("--segmentation folder needs --masks DIR, and no other takes it")
-    if args.rows < 1:
-        parser.error("--rows must be at least 1")
+    for name in ("rows", "batch_size", "img_size"):
+        if (value := getattr(args, name)) is not None and value < 1:
+            parser.error(f"--{name.replace('_', '-')} must be at least 1")
     for file, suffix in ((args.attention, ".png"), (args.json, ".json")):
         if file and not (file.endswith(suffix) and Path(file).parent.is_dir()):
             parser.error(f"{file} is not a {suffix} file in a folder that exists")
-    if max(*args.mean, *args.std) > 1:
+    if min(args.mean) < 0 or min(args.std) <= 0 or max(*args.mean, *args.std) > 1:
         parser.error("--mean and --std must be on the scale of 0 to 1")
     return args
 

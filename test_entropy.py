@@ -225,6 +225,8 @@ def test_maps_without_entropy(value: float) -> None:
         assert not entropy.signbit().any()  # 0 and not -0
         assert similarity.grad.abs().max() <= tolerance
     assert spatial_entropy(torch.zeros(0, 3, 4, 5), "none").shape == (0, 3)
+    no_rows = torch.zeros(2, 0, 3, dtype=torch.bool)
+    assert connected_components(no_rows).shape == (2, 0, 3)
 
 
 def test_tiny_and_huge_masses() -> None:
@@ -238,6 +240,8 @@ def test_tiny_and_huge_masses() -> None:
         assert similarity.grad.isfinite().all()
         if tiny > torch.finfo(torch.float32).tiny:
             torch.testing.assert_close(similarity.grad.double(), exact.grad)
+    # A sum that overflows float32 gives NaN.
+    assert spatial_entropy(torch.tensor([[0, 2e38, 0, 2e38, 2e38]])).isnan()
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
@@ -833,6 +837,8 @@ def test_shapes(monkeypatch: pytest.MonkeyPatch) -> None:
         assert len(connected_components(mask)[mask].unique()) == 1
         # The object has one color: its pixels vary less than those of the background.
         assert image[:, mask].std(1).mean() < image[:, ~mask].std(1).mean()
+    masked = data.load_masks("shapes", "", (56, 56))
+    assert all(mask.equal(test_masks[n].byte()) for n, (_, mask) in enumerate(masked))
 
 
 def test_balanced_subset() -> None:
@@ -1216,12 +1222,11 @@ def test_what_resume_takes(tiny, tmp_path, monkeypatch, capsys, error_of) -> Non
         "--no-model-ema": "--model-ema cannot change",
     }.items():
         assert message in error_of(f"{again} {options}")
+    two = before.replace('"world_size": 1', '"world_size": 2')
     for header, message in {
         "5": f"'{folder}' holds no run to resume",
         "{}": f"'{folder}' holds no run to resume",
-        before.replace(
-            '"world_size": 1', '"world_size": 2'
-        ): "resume with 2 processes, not 1",
+        two: "resume with 2 processes, not 1",
     }.items():
         log.write_text(header)
         assert message in error_of(again)
@@ -1783,6 +1788,8 @@ def slow_segment(patches, masks, void_counts) -> tuple[float, int]:
 
 
 BAD_INPUT = {
+    "train --dataset cifar1000": "invalid choice: 'cifar1000'",
+    "train --batch-size 81": "--batch-size 81 exceeds the 80 training images",
     "train --dataset folder --data-dir nowhere": "there is no nowhere/train",
     "train --img-size 50": "patch size 8 does not divide the image size 50x50",
     "train --epochs 0": "--epochs must be at least 1, not 0",
@@ -1800,7 +1807,7 @@ BAD_INPUT = {
     "eval": "no checkpoint.pt under runs",
     "eval --checkpoint other.pt": "other.pt holds no Vision Transformer",
     "eval --rows 0": "--rows must be at least 1",
-    "eval --device cuda:9": "device cuda:9 is not available; use cpu",
+    "eval --device cuda:9": "device cuda:9 is not available; use ",
     "eval --attention picture.jpg": "picture.jpg is not a .png file",
     "eval --std 58 57 57": "--mean and --std must be on the scale of 0 to 1",
     "eval --attention none/picture.png": "none/picture.png",

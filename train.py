@@ -13,6 +13,7 @@ settings, then a line for each epoch.
 """
 
 import argparse
+import contextlib
 import copy
 import io
 import json
@@ -61,6 +62,7 @@ LIMITS = (
     (1, math.inf, "epochs batch_size img_size patch_size train_size val_interval"),
     (0, math.inf, "sar_lambda lr min_lr warmup_lr warmup_epochs weight_decay"),
     (0, math.inf, "clip_grad mixup cutmix workers"),
+    (0, 2**31, "seed"),
     (0, 1, "reprob smoothing drop_path model_ema_decay"),
     (1e-6, 1, "pos_std"),
 )
@@ -93,7 +95,13 @@ def make_parser() -> argparse.ArgumentParser:
     crop += "unshifted [whole for shapes; padded if --img-size <= 32; else resized]"
     add("--crop", crop, choices=("resized", "padded", "whole"))
     aa = ("none", *(f"rand-m{magnitude}" for magnitude in range(1, 11)))
-    add("--aa", "RandAugment", choices=aa, default="rand-m9", metavar="none|rand-mM")
+    add(
+        "--aa",
+        "RandAugment, M from 1 to 10",
+        choices=aa,
+        default="rand-m9",
+        metavar="none|rand-mM",
+    )
     add("--reprob", "probability of random erasing", type=float, default=0.25)
     add("--mixup", "alpha of mixup, 0 is off", type=float, default=0.8)
     add("--cutmix", "alpha of cutmix, 0 is off", type=float, default=1.0)
@@ -151,7 +159,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def parse_args(arguments: Sequence[str]) -> argparse.Namespace:
-    """Parse twice: for the dataset or run that decides the defaults, then with these."""
+    """Parse for the dataset or run that decides the defaults, then with these."""
     parser = make_parser()
     args = parser.parse_args([x for x in arguments if x not in ("-h", "--help")])
     if args.resume is not None:
@@ -177,7 +185,7 @@ def parse_args(arguments: Sequence[str]) -> argparse.Namespace:
     for low, high, names in LIMITS:
         for name in names.split():
             value = getattr(args, name)
-            if value is not None and not low <= value <= high:
+            if value is not None and not (low <= value <= high and value < math.inf):
                 upper = f" and at most {high}" if high < math.inf else ""
                 option = f"--{name.replace('_', '-')}"
                 parser.error(f"{option} must be at least {low}{upper}, not {value}")
@@ -537,13 +545,16 @@ def stop(args: argparse.Namespace, number: int, _: object) -> None:
     """
     if multiprocessing.parent_process():
         return  # a worker, which the main process ends
+    if hasattr(signal, "SIGCHLD"):  # not on Windows
+        # PyTorch's handler raises an error if a worker ends before this process.
+        signal.signal(signal.SIGCHLD, lambda *_: None)
     try:
         started = os.path.exists(os.path.join(args.output_dir, "log.jsonl"))
         hint = f"; continue: python train.py --resume {shlex.quote(args.output_dir)}"
         say(f"stopped{hint if started else ''}")
+    finally:
         for worker in multiprocessing.active_children():
             worker.kill()
-    finally:
         os._exit(128 + number)
 
 
@@ -556,7 +567,8 @@ def main() -> None:
     except Exception as error:
         say("", stays=False)
         if "new_log" in args and not Path(args.output_dir, "checkpoint.pt").exists():
-            args.new_log.unlink(missing_ok=True)  # a failure in epoch 1 leaves no log
+            with contextlib.suppress(OSError):
+                args.new_log.unlink()  # a run that fails in epoch 1 leaves no log
         if not isinstance(error, (OSError, ValueError, FloatingPointError)):
             raise
         # Of a worker's error, which starts with a traceback, take the last line.

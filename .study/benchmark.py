@@ -41,7 +41,6 @@ def time_in_turn(
     Each round runs all calls, in random order. On a GPU, `repeats` calls are timed
     together, so that the host can run ahead.
     """
-    synchronize = partial(torch.get_device_module(device).synchronize, device)
     times = {}
     for name, call in calls.items():
         try:
@@ -51,15 +50,20 @@ def time_in_turn(
             print(f"{name} is skipped: {error}")
     for _ in range(WARMUP + ROUNDS):
         for name in random.sample(list(times), len(times)):
-            synchronize()
+            synchronize(device)
             start = time.perf_counter()
             for _ in range(repeats):
                 calls[name]()
-            synchronize()
+            synchronize(device)
             times[name].append((time.perf_counter() - start) / repeats)
     for name in times:
         seconds = statistics.median(times[name][WARMUP:])
         print(f"{name:<24}{1e3 * seconds:10.2f} ms{images / seconds:12.1f} images/s")
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
 
 
 # ------------------------------------------------------------------------------ the loss

@@ -156,7 +156,7 @@ def read_run(run: str | Path) -> tuple[dict, dict]:
     return settings, found | {name: settings[name] for name in names}
 
 
-def collect(folder: str | Path) -> None:
+def collect(folder: str = "runs/study") -> None:
     """Print one line of JSON for each measured run, FOLDER/SETTING/VARIANT-SEED."""
     may_differ = train.MAY_CHANGE | train.NO_SETTINGS
     may_differ |= {"amp", "output_dir", "val_interval"}
@@ -252,6 +252,8 @@ def compare(*words: str) -> None:
     """Print a table of groups of runs, separated by "--"; the first is the baseline."""
     parts = itertools.groupby(words, lambda word: word == "--")
     lists = [list(runs) for separator, runs in parts if not separator]
+    if not lists or words[0] == "--":
+        raise ValueError("name runs, and -- between groups; the first is the baseline")
     groups, columns, datasets = {}, [], set()
     for letter, runs in zip(ascii_uppercase, lists):
         found = [read_run(run) for run in runs]
@@ -263,7 +265,10 @@ def compare(*words: str) -> None:
         print(f"{letter}: {' '.join(runs)}")
     if len(datasets) > 1:
         raise ValueError(f"the runs are of different datasets: {', '.join(datasets)}")
-    print("A: mean ± standard deviation; B - A: mean difference ± 95% interval")
+    print(
+        "A: mean ± standard deviation; B - A: mean difference of runs with equal seeds"
+    )
+    print("± half the width of its 95% confidence interval, for three pairs or more")
     print_groups("", groups, columns)
 
 
