@@ -95,13 +95,8 @@ def make_parser() -> argparse.ArgumentParser:
     crop += "unshifted [whole for shapes; padded if --img-size <= 32; else resized]"
     add("--crop", crop, choices=("resized", "padded", "whole"))
     aa = ("none", *(f"rand-m{magnitude}" for magnitude in range(1, 11)))
-    add(
-        "--aa",
-        "RandAugment, M from 1 to 10",
-        choices=aa,
-        default="rand-m9",
-        metavar="none|rand-mM",
-    )
+    aa_text = "RandAugment, M from 1 to 10"
+    add("--aa", aa_text, choices=aa, default="rand-m9", metavar="none|rand-mM")
     add("--reprob", "probability of random erasing", type=float, default=0.25)
     add("--mixup", "alpha of mixup, 0 is off", type=float, default=0.8)
     add("--cutmix", "alpha of cutmix, 0 is off", type=float, default=1.0)
