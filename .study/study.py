@@ -266,9 +266,9 @@ def compare(*words: str) -> None:
     if len(datasets) > 1:
         raise ValueError(f"the runs are of different datasets: {', '.join(datasets)}")
     print(
-        "A: mean ± standard deviation; B - A: mean difference for equal seeds ± half the"
+        "A: mean ± standard deviation; B - A: mean difference for equal seeds, ± half"
     )
-    print("width of its 95% confidence interval, if there are three pairs or more")
+    print("the width of its 95% confidence interval if there are three pairs or more")
     print_groups("", groups, columns)
 
 
