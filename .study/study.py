@@ -265,10 +265,8 @@ def compare(*words: str) -> None:
         print(f"{letter}: {' '.join(runs)}")
     if len(datasets) > 1:
         raise ValueError(f"the runs are of different datasets: {', '.join(datasets)}")
-    print(
-        "A: mean ± standard deviation; B - A: mean difference for equal seeds, ± half"
-    )
-    print("the width of its 95% confidence interval if there are three pairs or more")
+    print("A: mean ± standard deviation; B - A: mean difference for equal seeds,")
+    print("± half the width of its 95% confidence interval, for three pairs or more")
     print_groups("", groups, columns)
 
 
