@@ -169,9 +169,8 @@ def load_dataset(
     """Load a split, "train" or "test", of a dataset; torchvision downloads what it can.
 
     The transform is applied to each image, PIL or uint8 (C, H, W), as it is read. Raise
-    FileNotFoundError if the dataset is neither in `data_dir` nor downloaded, or if a class
-    folder is empty, ValueError
-    if its class folders do not fit or if SciPy is missing (SVHN, Flowers102).
+    FileNotFoundError if the dataset is neither in `data_dir` nor downloaded, or a class
+    folder is empty; ValueError if class folders do not fit or SciPy is missing.
     """
     source, data_dir = DATASETS[name], Path(data_dir)
     part = getattr(source, split)
